@@ -1,0 +1,3 @@
+"""The type of every buffer that crosses into the extensions."""
+
+Buf = bytes | bytearray | memoryview

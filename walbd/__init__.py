@@ -1,0 +1,3 @@
+"""walbd: continuous backup of block devices."""
+
+__version__ = "0.1.0"
