@@ -11,6 +11,19 @@
 #error "walbd's core supports little-endian machines only"
 #endif
 
+/* One record found by a log scan (walbd.ext.logpack), as scans hand them on in byte buffers; 40 bytes, no gaps.
+ * `data_b` is the offset of the record's data in the scanned buffer [byte]; discards and paddings have none (0).
+ * Python: struct.Struct("<QQQIIII"). */
+typedef struct {
+    uint64_t lsid;
+    uint64_t offset_lb;
+    uint64_t data_b;
+    uint32_t io_size_lb;
+    uint32_t flags; /* 1 exist, 2 padding, 4 discard */
+    uint32_t checksum;
+    uint32_t lsid_local;
+} walb_log_record;
+
 static inline uint32_t walb_load32(const uint8_t *p)
 {
     uint32_t w;
