@@ -1,0 +1,1 @@
+"""Frames, messages and conversations: bytes in, messages out. No IO in this package."""

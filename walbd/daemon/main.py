@@ -1,0 +1,171 @@
+"""The life of a daemon process: start, readiness, signals, orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import structlog
+import uvloop
+
+from walbd.daemon.config import DaemonConfig
+from walbd.daemon.conn import Me
+from walbd.daemon.env import Env
+from walbd.daemon.logs import LogFormat, LogLevel, configure, error_fields
+from walbd.daemon.sd_notify import sd_notify
+from walbd.daemon.tasks import Signal
+from walbd.errors import ConfigError, WalbError
+from walbd.protocol.base import Kind
+
+log = structlog.get_logger()
+
+
+class ShutdownMode(StrEnum):
+    """Let started work finish, or have it give up at the next record. Both are safe, as is kill -9."""
+
+    GRACEFUL = "graceful"
+    FORCE = "force"
+
+
+class Daemon(Protocol):
+    """What `run_daemon` runs."""
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Recover what a crash left, listen, and start the background tasks in `tasks`."""
+
+    async def stop(self, mode: ShutdownMode) -> None:
+        """Take no new work and return when the running work has ended (graceful) or given up (force)."""
+
+
+@dataclass
+class Shutdown:
+    """The request to end the process; a second, forced one overrides a graceful one that is going on."""
+
+    mode: ShutdownMode | None = None
+
+    def __post_init__(self) -> None:
+        self.changed = Signal()
+
+    def request(self, mode: ShutdownMode) -> None:
+        """Ask the process to end."""
+        if self.mode is not ShutdownMode.FORCE:
+            self.mode = mode
+        self.changed.set()
+
+    async def requested(self) -> ShutdownMode:
+        """Wait for the first request."""
+        await self.changed.wait_for(lambda: self.mode is not None)
+        assert self.mode is not None
+        return self.mode
+
+    async def forced(self) -> None:
+        """Wait until the end is to be forced."""
+        await self.changed.wait_for(lambda: self.mode is ShutdownMode.FORCE)
+
+
+class _Done(Exception):
+    """Ends the background tasks of a daemon that has stopped."""
+
+
+async def supervise(daemon: Daemon, shutdown: Shutdown, ready: Callable[[], None] = lambda: None) -> None:
+    """Run a daemon until `shutdown` is requested; the first failed background task ends it with its error."""
+
+    async def control() -> None:
+        mode = await shutdown.requested()
+        sd_notify("STOPPING=1")
+        log.info("daemon.stopping", mode=str(mode))
+        stop = asyncio.ensure_future(daemon.stop(mode))
+        if mode is ShutdownMode.GRACEFUL:
+            forced = asyncio.ensure_future(shutdown.forced())
+            await asyncio.wait({stop, forced}, return_when=asyncio.FIRST_COMPLETED)
+            forced.cancel()
+            if not stop.done():
+                await daemon.stop(ShutdownMode.FORCE)
+        await stop
+        raise _Done
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            await daemon.start(tasks)
+            sd_notify("READY=1")
+            ready()
+            tasks.create_task(control(), name="control")
+    except* _Done:
+        pass
+
+
+def run_daemon(
+    kind: str,
+    make: Callable[[Env, Shutdown], Daemon],
+    *,
+    log_level: LogLevel,
+    log_format: LogFormat,
+    ready: Callable[[Daemon], None] = lambda _: None,
+) -> None:
+    """Run a daemon in this process until it is told to end. Raises WalbError when it cannot start.
+
+    SIGTERM and SIGINT force the end (running work is given up where it can be resumed); SIGHUP is ignored.
+    """
+    configure(log_level, log_format)
+
+    async def main() -> None:
+        env = Env()
+        shutdown = Shutdown()
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, shutdown.request, ShutdownMode.FORCE)
+        loop.add_signal_handler(signal.SIGHUP, lambda: log.info("daemon.sighup_ignored"))
+        daemon = make(env, shutdown)
+        structlog.contextvars.bind_contextvars(daemon=kind)
+        try:
+            await supervise(daemon, shutdown, lambda: ready(daemon))
+        except* WalbError as group:
+            error = first_error(group)
+            log.error("daemon.failed", **error_fields(error))
+            raise error from group
+        finally:
+            env.pools.close()
+        log.info("daemon.stopped")
+
+    uvloop.run(main())
+
+
+def first_error(group: BaseExceptionGroup[WalbError]) -> WalbError:
+    """Return the first plain error in nested groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, WalbError)
+    return error
+
+
+def identity(config: DaemonConfig, kind: Kind) -> Me:
+    """Return who a daemon is towards its peers."""
+    return Me(
+        node=config.name,
+        kind=kind,
+        group=config.group,
+        io_timeout_s=config.io_timeout_s,
+        connect_timeout_s=config.connect_timeout_s,
+        tls=tls_context(config, server=False),
+    )
+
+
+def tls_context(config: DaemonConfig, *, server: bool) -> ssl.SSLContext | None:
+    """Make the TLS 1.3 context with mutual authentication, or None when TLS is not configured."""
+    if not config.tls_cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+        context.load_verify_locations(config.tls_ca)
+    except (OSError, ssl.SSLError) as exc:
+        raise ConfigError("cannot load the TLS files", reason=str(exc), tls_cert=config.tls_cert) from exc
+    return context

@@ -1,0 +1,186 @@
+"""The one scheduler: keyed tasks with delays, growing and capped retries, and bounded workers.
+
+A key (a volume and a purpose) waits at most once and never runs twice at the same time. A run that fails is
+tried again after a delay that doubles up to a cap, for ever; `push` never shortens that delay, `hurry` does.
+Source: docs/architecture.md, "Scheduling".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import structlog
+
+from walbd.daemon.logs import error_fields
+from walbd.daemon.tasks import Signal
+
+log = structlog.get_logger()
+
+K = TypeVar("K")
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """What a run returns to be run again: not before `delay_s` from now (unless hurried)."""
+
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Delays after failures: doubling from min to max [s]."""
+
+    delay_min_s: float = 1.0
+    delay_max_s: float = 30.0
+
+    def delay(self, failures: int) -> float:
+        """Return the delay after the given number of failures in a row (at least 1)."""
+        return min(self.delay_min_s * 2.0 ** min(failures - 1, 30), max(self.delay_max_s, self.delay_min_s))
+
+
+class Waiting(NamedTuple, Generic[K]):
+    """A waiting task, for status."""
+
+    key: K
+    due_in_s: float  # negative: overdue, all workers are busy
+    failures: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    due: float
+    failures: int = 0
+
+
+class Scheduler(Generic[K]):
+    """Run `work(key)` for pushed keys.
+
+    `work` returns None when there is nothing more to do (a later push brings the key back) or Again. Errors
+    are logged and retried. Cancelling `run` cancels the running work.
+    """
+
+    def __init__(
+        self, work: Callable[[K], Awaitable[Again | None]], *, workers: int, retry: RetryPolicy, name: str
+    ) -> None:
+        self._work = work
+        self._workers = workers
+        self._retry = retry
+        self._name = name
+        self._waiting: dict[K, _Entry] = {}
+        self._running: set[K] = set()
+        self._failures: dict[K, int] = {}
+        self._changed = Signal()
+        self._draining = False
+
+    def push(self, key: K, delay_s: float = 0.0) -> None:
+        """Make `key` due in `delay_s`, unless it waits already: then its due time stays."""
+        if key not in self._waiting and not self._draining:
+            self._waiting[key] = _Entry(self._now() + delay_s, self._failures.get(key, 0))
+            self._changed.set()
+
+    def hurry(self, key: K) -> None:
+        """Make `key` due now and forget its failures, whether it waits or not."""
+        self._failures.pop(key, None)
+        if not self._draining:
+            self._waiting[key] = _Entry(self._now())
+            self._changed.set()
+
+    def hurry_waiting(self, which: Callable[[K], bool] = lambda _: True) -> int:
+        """Make all waiting keys that match due now; return how many."""
+        keys = [key for key in self._waiting if which(key)]
+        for key in keys:
+            self.hurry(key)
+        return len(keys)
+
+    def remove(self, which: Callable[[K], bool]) -> None:
+        """Forget waiting keys that match; a running one is not touched."""
+        for key in [key for key in self._waiting if which(key)]:
+            del self._waiting[key]
+        for key in [key for key in self._failures if which(key)]:
+            del self._failures[key]
+
+    def is_running(self, key: K) -> bool:
+        """Say whether work for the key is going on."""
+        return key in self._running
+
+    def failures(self, key: K) -> int:
+        """Return how often in a row the key has failed."""
+        return self._failures.get(key, 0)
+
+    def waiting(self) -> list[Waiting[K]]:
+        """Return the waiting tasks by due time."""
+        now = self._now()
+        rows = [Waiting(key, entry.due - now, entry.failures) for key, entry in self._waiting.items()]
+        return sorted(rows, key=lambda row: row.due_in_s)
+
+    def drain(self) -> None:
+        """Take no more keys and drop the waiting ones; running work goes on."""
+        self._draining = True
+        self._waiting.clear()
+        self._changed.set()
+
+    async def idle(self) -> None:
+        """Return when no work is running."""
+        await self._changed.wait_for(lambda: not self._running)
+
+    async def run(self) -> None:
+        """Run due keys until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                key = self._next()
+                if key is None:
+                    await self._sleep()
+                    continue
+                del self._waiting[key]
+                self._running.add(key)
+                tasks.create_task(self._one(key), name=f"{self._name}:{key}")
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _next(self) -> K | None:
+        """Return the earliest key that is due and does not run now, when a worker is free."""
+        if len(self._running) >= self._workers:
+            return None
+        now = self._now()
+        due = [(e.due, i, key) for i, (key, e) in enumerate(self._waiting.items()) if e.due <= now]
+        ready = [item for item in due if item[2] not in self._running]
+        return min(ready, key=lambda item: item[:2])[2] if ready else None
+
+    async def _sleep(self) -> None:
+        """Sleep until something changes or the next key becomes due."""
+        due = [entry.due for key, entry in self._waiting.items() if key not in self._running]
+        if len(self._running) >= self._workers or not due:
+            await self._changed.next()
+            return
+        try:
+            async with asyncio.timeout(max(0.0, min(due) - self._now())):
+                await self._changed.next()
+        except TimeoutError:
+            pass
+
+    async def _one(self, key: K) -> None:
+        again: Again | None = None
+        try:
+            again = await self._work(key)
+            self._failures.pop(key, None)
+        except Exception as exc:  # noqa: BLE001 - whatever failed is logged and tried again
+            failures = self._failures.get(key, 0) + 1
+            self._failures[key] = failures
+            again = Again(self._retry.delay(failures))
+            log.warning(
+                "task.failed",
+                task=self._name,
+                key=str(key),
+                failures=failures,
+                retry_s=again.delay_s,
+                **error_fields(exc),
+            )
+        finally:
+            self._running.discard(key)
+            if again is not None:
+                self.push(key, again.delay_s)
+            self._changed.set()
