@@ -170,7 +170,7 @@ class DiffIndex:
                 waiting = next(later, None)
 
     def chain(self, start: Snapshot, accept: Accept | None = None, *, n_max: int | None = None) -> list[Diff]:
-        """Return the chain from `start`, ended before the first diff that `accept` refuses, or at `n_max` diffs."""
+        """Return the chain from `start`, ended before the first diff that `accept` refuses, or after `n_max`."""
         diffs: list[Diff] = []
         for diff, after in itertools.islice(self.steps(start), n_max):
             if accept is not None and not accept(diff, after):
