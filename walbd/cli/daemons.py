@@ -1,0 +1,85 @@
+"""`walbd storage`, `walbd proxy`, `walbd archive`: run one daemon in the foreground."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from walbd.daemon.config import DaemonConfig, Setting, load, settings
+from walbd.daemon.env import Env
+from walbd.daemon.main import Daemon, Shutdown, run_daemon
+
+
+def _option(setting: Setting) -> Callable[[Any], Any]:
+    """Make the option of a setting. Everything is text here; `walbd.daemon.config.load` checks it."""
+    help_text = setting.description or setting.name.replace("_", " ")
+    if not setting.required and setting.default not in ("", None, [], False):
+        help_text += f" [default: {setting.default}]"
+    if setting.type is bool:
+        return click.option(
+            f"{setting.option}/--no-{setting.option[2:]}", setting.name, default=None, help=help_text
+        )
+    kind: Any = click.Choice(setting.choices) if setting.choices else str
+    metavar = None if setting.choices else ("SIZE" if setting.is_size else setting.name.rsplit("_", 1)[-1].upper())
+    return click.option(setting.option, setting.name, type=kind, default=None, metavar=metavar, help=help_text)
+
+
+def daemon_command(
+    name: str, config: type[DaemonConfig], make: Callable[[Any, Env, Shutdown], Daemon], help_text: str
+) -> click.Command:
+    """Make the command that runs a daemon: `--config FILE`, and an option for every setting."""
+
+    def run(config_path: Path | None, **options: Any) -> None:
+        checked = load(config, config_path, options)
+        run_daemon(
+            name,
+            lambda env, shutdown: make(checked, env, shutdown),
+            log_level=checked.log_level,
+            log_format=checked.log_format,
+        )
+
+    run.__doc__ = help_text
+    command: Any = run
+    for setting in reversed(settings(config)):
+        command = _option(setting)(command)
+    command = click.option(
+        "--config",
+        "config_path",
+        type=click.Path(path_type=Path, dir_okay=False),
+        default=None,
+        help="TOML file with the settings; options override it",
+    )(command)
+    return click.command(name, help=help_text)(command)
+
+
+def _storage() -> click.Command:
+    from walbd.storage.config import StorageConfig
+    from walbd.storage.server import StorageServer
+
+    return daemon_command(
+        "storage", StorageConfig, StorageServer, "Run the storage daemon, on the host that has the volumes."
+    )
+
+
+def _proxy() -> click.Command:
+    from walbd.proxy.config import ProxyConfig
+    from walbd.proxy.server import ProxyServer
+
+    return daemon_command(
+        "proxy", ProxyConfig, ProxyServer, "Run a proxy daemon: turn wlogs into wdiffs and send them on."
+    )
+
+
+def _archive() -> click.Command:
+    from walbd.archive.config import ArchiveConfig
+    from walbd.archive.server import ArchiveServer
+
+    return daemon_command(
+        "archive", ArchiveConfig, ArchiveServer, "Run an archive daemon: keep images and wdiffs, and restore."
+    )
+
+
+COMMANDS: dict[str, Callable[[], click.Command]] = {"storage": _storage, "proxy": _proxy, "archive": _archive}
