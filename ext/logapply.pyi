@@ -5,7 +5,10 @@ def first_outside(records: Buf, limit_lb: int) -> int:
     logical blocks, or -1. Paddings are passed over."""
 
 def first_odd_padding(records: Buf, pbs: int, ring_size_pb: int) -> int:
-    """Return the index of the first padding that does not end at the end of a lap of the ring, or -1."""
+    """Return the index of the first padding that does not end at the end of a lap of the ring, or -1.
+
+    Paddings without size own no block and may stand anywhere.
+    """
 
 def write_records(fd: int, data: Buf, records: Buf, first: int) -> tuple[int, int]:
     """Write the data of records from index `first` on to their places in the open file `fd`, in order.

@@ -53,7 +53,7 @@ def first_odd_padding(const uint8_t[::1] records not None, uint32_t pbs, uint64_
         raise ValueError("pbs and ring_size_pb must not be zero")
     with nogil:
         while i < n:
-            if rs[i].flags & FLAG_PADDING:
+            if rs[i].flags & FLAG_PADDING and rs[i].io_size_lb:
                 if (rs[i].lsid + <uint64_t>rs[i].io_size_lb * 512 // pbs) % ring_size_pb:
                     break
             i += 1

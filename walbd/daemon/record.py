@@ -3,7 +3,7 @@
     {"format": 1, "record": {...}, "checksum": "<xxh3-64 of the record's canonical JSON>"}
 
 For people to read and, in an emergency, to edit: a record without `checksum` is taken as it is. Fields are
-integers, strings and booleans, never floats. Uuids are hexadecimal text (`str` fields of the record). Source: docs/formats.md, "volume.json".
+integers, strings and booleans, never floats; uuids are hexadecimal text. Source: docs/formats.md, "volume.json".
 """
 
 from __future__ import annotations
