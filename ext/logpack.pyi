@@ -89,3 +89,10 @@ def find_headers(buf: Buf, pbs: int, salt: int) -> list[tuple[int, int]]:
 
     Headers without records (end headers) are left out. Runs without the GIL.
     """
+
+def bad_records(data: Buf, salt: int, records: Buf) -> list[int]:
+    """Return the indexes of all records (walb_log_record structs) whose data does not match their checksum.
+
+    For records that were collected without verifying. Raises ValueError if one points outside `data`.
+    Runs without the GIL.
+    """

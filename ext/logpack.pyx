@@ -446,3 +446,30 @@ def find_headers(const uint8_t[::1] buf not None, uint32_t pbs, uint32_t salt):
             return result
         result.append((i, load64(base + i * pbs + 8)))
         i += 1
+
+
+def bad_records(const uint8_t[::1] data not None, uint32_t salt, const uint8_t[::1] records not None):
+    if records.shape[0] % sizeof(walb_log_record):
+        raise ValueError("records must hold whole log records")
+    cdef Py_ssize_t i = 0, n = records.shape[0] // sizeof(walb_log_record)
+    cdef const walb_log_record* rs = <const walb_log_record*>&records[0] if n else NULL
+    cdef size_t size = data.shape[0]
+    cdef const uint8_t* base = &data[0] if size else NULL
+    cdef int outside = 0
+    found = []
+    while i < n:
+        with nogil:
+            while i < n:
+                if not rs[i].flags & (FLAG_DISCARD | FLAG_PADDING):
+                    if rs[i].data_b > size or <size_t>rs[i].io_size_lb * 512 > size - rs[i].data_b:
+                        outside = 1
+                        break
+                    if walb_checksum(base + rs[i].data_b, <size_t>rs[i].io_size_lb * 512, salt) != rs[i].checksum:
+                        break
+                i += 1
+        if outside:
+            raise ValueError("a record points outside the data")
+        if i < n:
+            found.append(i)
+        i += 1
+    return found

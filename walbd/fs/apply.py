@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from walbd.errors import CorruptData
+from walbd.errors import CorruptData, WalbError
 from walbd.ext.buffers import Buf
 from walbd.ext.logapply import first_outside, write_records
 from walbd.format.logpack import FLAG_DISCARD, FLAG_PADDING, LOG_RECORD, LOG_RECORD_B
+from walbd.format.wlog import WlogReader
 from walbd.fs.disk import File, OsFile, disk_errors
+from walbd.ids import Lsid
 from walbd.units import LB
 
 
@@ -53,6 +55,29 @@ def apply_records(file: File, data: Buf, records: Buf, *, zero_discards: bool) -
             if zero_discards:
                 file.zero(offset_lb * LB, io_size_lb * LB)
             i += 1
+
+
+def apply_wlog(reader: WlogReader, image: File, *, zero_discards: bool) -> Lsid:
+    """Apply a whole wlog to an image of fixed size; durable on return. Returns the lsid reached.
+
+    Each piece is verified before it is applied, and nothing behind the first damage is: the error then tells in
+    `applied_to` up to which lsid the image holds the log. Raises CorruptData, also for records that reach beyond
+    the end of the image; DiskFailed.
+    """
+    limit_lb = image.size() // LB
+    lsid = reader.lsid
+    try:
+        for batch in reader.batches():
+            check_inside(
+                batch.records, limit_lb, source=reader.path, offset_b=reader.offset_of, what=str(image.path)
+            )
+            apply_records(image, batch.data, batch.records, zero_discards=zero_discards)
+            lsid = batch.lsid_end
+    except WalbError as exc:
+        exc.facts["applied_to"] = lsid
+        raise
+    image.sync()
+    return lsid
 
 
 def _write_os(file: File, data: Buf, records: Buf, first: int) -> int:
