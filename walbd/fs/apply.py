@@ -13,7 +13,7 @@ from walbd.ext.buffers import Buf
 from walbd.ext.logapply import first_outside, write_records
 from walbd.format.logpack import FLAG_DISCARD, FLAG_PADDING, LOG_RECORD, LOG_RECORD_B
 from walbd.format.wlog import WlogReader
-from walbd.fs.disk import File, OsFile, disk_errors
+from walbd.fs.disk import File, disk_errors
 from walbd.ids import Lsid
 from walbd.units import LB
 
@@ -46,7 +46,7 @@ def apply_records(file: File, data: Buf, records: Buf, *, zero_discards: bool) -
     stay as they are. The caller has checked that everything lies inside the file, and syncs afterwards.
     """
     n = len(records) // LOG_RECORD_B
-    write = _write_os if isinstance(file, OsFile) else _write_any
+    write = _write_os if file.fileno() >= 0 else _write_any
     i = 0
     while i < n:
         i = write(file, data, records, i)
@@ -90,7 +90,7 @@ def _write_os(file: File, data: Buf, records: Buf, first: int) -> int:
 
 
 def _write_any(file: File, data: Buf, records: Buf, first: int) -> int:
-    """The same for files that are not the operating system's."""
+    """The same for files without a descriptor (simulated ones)."""
     view = memoryview(data)
     for i in range(first, len(records) // LOG_RECORD_B):
         _, offset_lb, data_b, io_size_lb, flags, _, _ = LOG_RECORD.unpack_from(records, i * LOG_RECORD_B)

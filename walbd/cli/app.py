@@ -1,0 +1,118 @@
+"""What `walbd` and `walbc` share: groups that load their commands late, and one way to end.
+
+Starting has to be quick: a command's module, and all that it imports, is loaded only when that command runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import click
+
+from walbd.cli.output import print_error
+from walbd.errors import InternalError, UsageError, WalbError, exit_code_of
+
+
+class Late(NamedTuple):
+    """A command that is not imported yet."""
+
+    target: str  # "package.module:attribute"
+    help: str  # one line for the list of commands
+
+
+class LateGroup(click.Group):
+    """A group whose commands are named in a table and imported when they are used."""
+
+    def __init__(self, *args: Any, late: Mapping[str, Late] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._late = dict(late or {})
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        own = super().list_commands(ctx)
+        return [*self._late, *(name for name in own if name not in self._late)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        late = self._late.get(cmd_name)
+        if late is None:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = late.target.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            late = self._late.get(name)
+            command = None if late else self.get_command(ctx, name)
+            rows.append((name, late.help if late else command.get_short_help_str(90) if command else ""))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def run(command: click.Command, prog: str, args: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status; every error ends here, as one line and a hint.
+
+    0 success, 2 wrong usage, 130 interrupted, 141 nobody reads stdout, 70 a defect (with its traceback); other
+    errors as their class says (docs/operations.md).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names on disk may hold any byte
+    try:
+        result = command.main(args=args, prog_name=prog, standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    except click.ClickException as exc:
+        path = exc.ctx.command_path if isinstance(exc, click.UsageError) and exc.ctx else prog
+        print_error(UsageError(exc.format_message(), hint=f"see `{path} --help`"), prog)
+        return UsageError.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except BrokenPipeError:
+        # Whoever read stdout has gone; keep Python from complaining when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except WalbError as exc:
+        print_error(exc, prog)
+        return exit_code_of(exc)
+    except BaseExceptionGroup as group:
+        return _end_of_group(group, prog)
+    except OSError as exc:
+        print_error(WalbError(exc.strerror or str(exc), **({"path": exc.filename} if exc.filename else {})), prog)
+        return WalbError.exit_code
+    except Exception:  # noqa: BLE001 - the last resort, told as what it is
+        return _defect(prog)
+
+
+def _end_of_group(group: BaseExceptionGroup[BaseException], prog: str) -> int:
+    """Report the errors of a task group: ours first, anything else as a defect."""
+    known, other = group.split(WalbError)
+    if other is not None:
+        if other.split(KeyboardInterrupt)[1] is None:
+            return 130
+        return _defect(prog)
+    assert known is not None
+    errors = _leaves(known)
+    for error in errors:
+        print_error(error, prog)
+    return max(map(exit_code_of, errors))
+
+
+def _leaves(group: BaseExceptionGroup[WalbError]) -> list[WalbError]:
+    found: list[WalbError] = []
+    for exc in group.exceptions:
+        found += _leaves(exc) if isinstance(exc, BaseExceptionGroup) else [exc]
+    return found
+
+
+def _defect(prog: str) -> int:
+    traceback.print_exc()
+    print_error(InternalError("this is a defect of walbd", hint="report it with the traceback above"), prog)
+    return InternalError.exit_code

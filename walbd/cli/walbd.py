@@ -1,0 +1,30 @@
+"""`walbd`: the daemons, the device, and the offline tools."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from walbd import __version__
+from walbd.cli.app import Late, LateGroup, run
+
+COMMANDS = {
+    "wlog": Late("walbd.cli.wlog:wlog", "Log files: show, verify, replay, convert to diffs."),
+    "ldev": Late("walbd.cli.ldev:ldev", "Log devices: format, look inside, extract, replay, check."),
+}
+
+
+@click.group(cls=LateGroup, late=COMMANDS)
+@click.version_option(__version__, prog_name="walbd", message="%(prog)s %(version)s")
+def root() -> None:
+    """Continuous backup of block devices."""
+
+
+def main() -> None:
+    """Run the `walbd` command; never returns."""
+    sys.exit(run(root, "walbd"))
+
+
+if __name__ == "__main__":
+    main()
