@@ -19,6 +19,7 @@ import shutil
 import stat
 import struct
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,7 @@ class File(Protocol):
         """Make everything written so far survive power loss; after one failure, fail for ever."""
 
     def fileno(self) -> int:
-        """Return the descriptor, for batch calls of `walbd.ext` (real files only)."""
+        """Return the descriptor, for batch calls of `walbd.ext`; -1 for files that have none (simulated ones)."""
 
     def close(self) -> None:
         """Close; twice is harmless."""
@@ -146,8 +147,8 @@ class FileSystem(Protocol):
     def clone(self, source: Path, target: File) -> bool:
         """Make `target` (new and empty) share the contents of `source`; False when the disk cannot."""
 
-    def data_ranges(self, file: File) -> Iterator[tuple[int, int]]:
-        """Yield (offset, size) [byte] of the parts of a file that are not holes, ascending."""
+    def data_ranges(self, file: File, begin_b: int = 0, end_b: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield (offset, size) [byte] of the parts of [begin, end) of a file that are not holes, ascending."""
 
     def free_b(self, path: Path) -> int:
         """Return how many bytes a user may still write on the disk that holds `path`."""
@@ -178,6 +179,8 @@ class OsFile:
         self.path = path
         self._fd = fd
         self._sync_failed = False
+        # The kernel reports an error to one of several syncs at the same time; the others would believe.
+        self._sync_lock = threading.Lock()
         self._is_block = stat.S_ISBLK(os.fstat(fd).st_mode)
 
     def pread(self, size_b: int, offset_b: int) -> bytes:
@@ -261,14 +264,15 @@ class OsFile:
             os.ftruncate(self._fd, size_b)
 
     def sync(self) -> None:
-        if self._sync_failed:
-            raise DiskFailed("an earlier sync of this file failed; it cannot be trusted", path=str(self.path))
-        try:
-            with disk_errors(self.path, "sync"):
-                os.fdatasync(self._fd)  # noqa: TID251
-        except DiskFailed:
-            self._sync_failed = True
-            raise
+        with self._sync_lock:
+            if self._sync_failed:
+                raise DiskFailed("an earlier sync of this file failed; it cannot be trusted", path=str(self.path))
+            try:
+                with disk_errors(self.path, "sync"):
+                    os.fdatasync(self._fd)  # noqa: TID251
+            except DiskFailed:
+                self._sync_failed = True
+                raise
 
     def fileno(self) -> int:
         return self._fd
@@ -407,18 +411,20 @@ class OsFileSystem:
                 raise
             return True
 
-    def data_ranges(self, file: File) -> Iterator[tuple[int, int]]:
-        fd, end, offset = file.fileno(), file.size(), 0
+    def data_ranges(self, file: File, begin_b: int = 0, end_b: int | None = None) -> Iterator[tuple[int, int]]:
+        fd, end, offset = file.fileno(), file.size(), begin_b
+        end = end if end_b is None else min(end, end_b)
         while offset < end:
             with disk_errors(file.path, "seek"):
                 try:
-                    begin = os.lseek(fd, offset, os.SEEK_DATA)
+                    begin = min(os.lseek(fd, offset, os.SEEK_DATA), end)
                 except OSError as exc:
                     if exc.errno == errno.ENXIO:
                         return
                     raise
-                offset = min(os.lseek(fd, begin, os.SEEK_HOLE), end)
-            yield begin, offset - begin
+                offset = min(os.lseek(fd, begin, os.SEEK_HOLE), end) if begin < end else end
+            if begin < end:
+                yield begin, offset - begin
 
     def free_b(self, path: Path) -> int:
         with disk_errors(path, "ask for free space"):

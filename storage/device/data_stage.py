@@ -1,0 +1,121 @@
+"""From the log to the data device: the pending overlay, and writing what is permanent.
+
+A batch of log records is applied to the data device only when all of it is permanent in the log, so that no
+crash leaves data on the data device that the log has lost. Batches are applied one after the other and each
+writes only the last data of a block, so overlapping writes end in log order. Until then, reads see pending
+data through the overlay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from walbd.daemon.env import Pool
+from walbd.errors import WalbError
+from walbd.ext.buffers import Buf
+from walbd.ext.nbd import Chunk
+from walbd.ext.overlay import Overlay
+from walbd.format.logpack import LOG_RECORD_B
+from walbd.fs import failpoints
+from walbd.storage.device.blockio import write_data
+from walbd.storage.device.core import Core
+from walbd.units import MIB
+
+BATCH_MAX_B: Final = 8 * MIB
+_RECORD_COST_B: Final = 192  # of memory for a pending record, besides its data
+
+FP_BEFORE_WRITE = failpoints.register(
+    "device.data.before_write", "permanent log that the data device does not have"
+)
+FP_AFTER_WRITE = failpoints.register(
+    "device.data.after_write", "log that the data device may have in its cache: redo applies it again"
+)
+
+
+class LoggedBatch(NamedTuple):
+    """Log records that were written together, up to a pack boundary."""
+
+    lsid_end: int
+    parts: list[tuple[bytes, Buf | Chunk]]  # (walb_log_record table, data), in log order
+    data_b: int
+
+    @property
+    def cost_b(self) -> int:
+        """Memory held while pending."""
+        n_records = sum(len(records) for records, _ in self.parts) // LOG_RECORD_B
+        return self.data_b + n_records * _RECORD_COST_B
+
+
+class DataStage:
+    """What is logged and not yet on the data device."""
+
+    def __init__(self, core: Core, tasks: asyncio.TaskGroup, on_written: Callable[[], None]) -> None:
+        self.overlay = Overlay()
+        self.pending_b = 0
+        self.tasks = tasks
+        self._core = core
+        self._on_written = on_written
+        self._pending: deque[LoggedBatch] = deque()
+
+    def add(self, batch: LoggedBatch) -> None:
+        """Take a batch that is in the log: from now on reads see it."""
+        for records, data in batch.parts:
+            self.overlay.insert(records, data)
+        self._pending.append(batch)
+        self.pending_b += batch.cost_b
+
+    @property
+    def is_empty(self) -> bool:
+        """True when the data device has everything."""
+        return not self._pending
+
+    def _is_ready(self) -> bool:
+        core = self._core
+        ready = self._pending and self._pending[0].lsid_end <= core.lsids.permanent
+        return bool(ready) or core.has_failed()
+
+    async def run(self) -> None:
+        """Apply what is permanent, until the device fails."""
+        core, lsids = self._core, self._core.lsids
+        while True:
+            await core.log_advanced.wait_for(self._is_ready)
+            if core.has_failed():
+                return
+            batches = self._take()
+            parts = [part for batch in batches for part in batch.parts]
+            try:
+                await core.env.pools.run(Pool.RECEIVE, self._write, parts)
+            except (WalbError, OSError, MemoryError) as exc:
+                core.fail(exc, "writing the data device")
+            if core.has_failed():
+                return
+            lsid_end = batches[-1].lsid_end
+            for records, _ in parts:
+                self.overlay.retire(records, lsid_end)
+            self.overlay.release(lsid_end)
+            for batch in batches:
+                self._pending.popleft()
+                self.pending_b -= batch.cost_b
+            lsids.written = lsid_end
+            assert lsids.in_order(), lsids
+            core.settled.set()
+            self._on_written()
+
+    def _take(self) -> list[LoggedBatch]:
+        """Return the first pending batches, all permanent; they stay pending."""
+        batches: list[LoggedBatch] = []
+        size_b = 0
+        for batch in self._pending:
+            if batch.lsid_end > self._core.lsids.permanent or (batches and size_b + batch.cost_b > BATCH_MAX_B):
+                break
+            batches.append(batch)
+            size_b += batch.cost_b
+        return batches
+
+    def _write(self, parts: list[tuple[bytes, Buf | Chunk]]) -> None:
+        failpoints.hit(FP_BEFORE_WRITE)
+        write_data(self._core.ddev, parts)
+        failpoints.hit(FP_AFTER_WRITE)
