@@ -182,6 +182,8 @@ class LogScanner:
                     self.lsid, Lsid(found.lsid), view[: found.consumed_b], records, int(found.stop is Stop.END)
                 )
                 self._drop(found.consumed_b, found.lsid)
+            if self.torn is not None:
+                self.lsid = self.torn.lsid_end
             if found.stop is not Stop.MORE or not (more or found.consumed_b):
                 return
             if found.need_b > len(self._buffer):
