@@ -285,7 +285,7 @@ class Group:
         return volume
 
     def snapshot(self, volume: Volume, *, archives: list[int] | None = None) -> int:
-        """Flush, take an explicit snapshot, and wait until it can be restored at the archives (default: primary)."""
+        """Flush, take a snapshot, and wait until it can be restored at the archives (default: primary)."""
         volume.nbd.flush()
         targets = [self.a[i] for i in (archives if archives is not None else [0])]
         gid: int = self.ctl.snapshot(self.s[0], volume.name, targets, timeoutS=WAIT_S)

@@ -1,0 +1,251 @@
+"""What scripts/quickstart does once walbd is built. Also an example of the Python controller."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from walbd.controller import Controller, load_layout
+from walbd.errors import WalbError
+from walbd.storage.device.nbd_client import NbdVolume
+
+ROOT = Path(__file__).resolve().parents[1]
+HOME = ROOT / "var" / "quickstart"
+BIN = Path(sys.executable).parent
+PORTS = {"s0": 15000, "p0": 15001, "a0": 15002}
+VOLUME = "vol0"
+SIZE_B = 256 << 20
+DEVICES = HOME / "device"
+GROUP = HOME / "group.toml"
+IMAGE = HOME / "truth.img"  # what the volume must hold, kept beside it to compare with
+
+
+def main() -> None:
+    what = sys.argv[1] if len(sys.argv) > 1 else "run"
+    try:
+        if what in ("stop", "clean"):
+            stop()
+            if what == "clean":
+                shutil.rmtree(HOME, ignore_errors=True)
+        else:
+            stop(quiet=True)
+            shutil.rmtree(HOME, ignore_errors=True)
+            run()
+    except WalbError as exc:
+        sys.exit(f"quickstart: {exc}" + (f"\nhint: {exc.hint}" if exc.hint else "") + f"\nlogs: {HOME}/*.log")
+
+
+def run() -> None:
+    started = time.monotonic()
+    HOME.mkdir(parents=True)
+    say("A volume with a real file system: ext4, holding this Python's standard library")
+    make_image()
+    say("A WalB device, a storage, a proxy and an archive, all on this machine")
+    start_group()
+    layout = load_layout(GROUP)
+    ctl = Controller("", layout.servers)
+    s0, a0 = layout.servers.storageL[0], layout.servers.archiveL[0]
+
+    walbc("init-storage", VOLUME, str(DEVICES / VOLUME))
+    with volume() as disk:
+        copy_image(disk)
+    walbc("full-backup", VOLUME)
+
+    say("More writes, then a snapshot, then writes that the snapshot must not have")
+    with volume() as disk:
+        scribble(disk, seed=1)
+        gid = ctl.snapshot(s0, VOLUME, [a0])
+        print(f"  snapshot {gid} is at the archive")
+        truth = sha256(IMAGE)
+        scribble(disk, seed=2)
+
+    walbc("restore", VOLUME, str(gid))
+    restored = Path(ctl.get_restored_path(a0, VOLUME, gid))
+    found = sha256(restored)
+    print(f"  the volume at snapshot {gid}:  sha256 {truth}")
+    print(f"  the restored image:       sha256 {found}")
+    if found != truth:
+        sys.exit("quickstart: the restored image differs from the volume: this is a defect, please report it")
+    if sha256(IMAGE) == truth:
+        sys.exit("quickstart: the later writes are missing: the comparison proves nothing")
+    print("  They match.")
+    walbc("status")
+    ctl.close()
+    group = GROUP.relative_to(ROOT)
+    print(f"""
+Done in {time.monotonic() - started:.0f} s. The group keeps running; every write to {VOLUME} can be restored from
+about a second later on. Look around:
+
+  export WALBD_GROUP={group}                  # so that walbc finds the group
+  .venv/bin/walbc status
+  .venv/bin/walbc info {VOLUME}                       # what can be restored
+  .venv/bin/walbc shell                           # Python, with s0, p0, a0 and walbc as variables
+  qemu-img info {nbd_uri()}   # the volume; any NBD client works
+  dumpe2fs -h {restored.relative_to(ROOT)}   # the restored file system
+
+Stop it with: scripts/quickstart stop""")
+
+
+def make_image() -> None:
+    with IMAGE.open("wb") as file:
+        file.truncate(SIZE_B)
+    library = Path(os.__file__).parent
+    tree = HOME / "tree"
+    shutil.copytree(
+        library,
+        tree,
+        symlinks=True,
+        ignore=shutil.ignore_patterns("site-packages", "dist-packages", "test", "config-*", "__pycache__"),
+    )
+    done = subprocess.run(
+        ["mkfs.ext4", "-q", "-F", "-d", tree, IMAGE],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"},
+    )
+    if done.returncode != 0:
+        sys.exit(f"quickstart: mkfs.ext4 failed: {done.stderr.strip()}")
+    shutil.rmtree(tree)
+    print(f"  {IMAGE.stat().st_blocks * 512 >> 20} MiB of files in a volume of {SIZE_B >> 20} MiB")
+
+
+def start_group() -> None:
+    quiet = subprocess.run(
+        [BIN / "walbd", "device", "create", VOLUME, "--base-dir", DEVICES, "--size", str(SIZE_B)]
+        + ["--ldev", HOME / "vol0.ldev", "--ldev-size", "128M", "--ddev", HOME / "vol0.ddev"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if quiet.returncode != 0:
+        sys.exit(f"quickstart: {quiet.stderr.strip()}")
+    servers = [("s0", "storage"), ("p0", "proxy"), ("a0", "archive")]
+    GROUP.write_text(
+        'group = "default"\n'
+        + "".join(
+            f'\n[[{kind}]]\nname = "{name}"\nhost = "127.0.0.1"\nport = {PORTS[name]}\n' for name, kind in servers
+        )
+    )
+    spawn("device", "device", "serve", VOLUME, "--base-dir", str(DEVICES))
+    for name, kind in reversed(servers):
+        base = HOME / name
+        base.mkdir()
+        args = [kind, "--node-id", name, "--port", str(PORTS[name]), "--base-dir", str(base)]
+        if kind == "storage":
+            args += ["--archive", f"127.0.0.1:{PORTS['a0']}", "--proxy", f"127.0.0.1:{PORTS['p0']}"]
+        spawn(name, *args)
+
+
+def spawn(name: str, *args: str) -> None:
+    """Start a walbd process that outlives us, and wait until it says that it is ready (as systemd would)."""
+    notify = HOME / f"{name}.notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, (HOME / f"{name}.log").open("ab") as log:
+        ready.bind(os.path.relpath(notify))
+        ready.settimeout(60)
+        child = subprocess.Popen(
+            [BIN / "walbd", *args],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | {"NOTIFY_SOCKET": os.path.relpath(notify)},
+        )
+        (HOME / f"{name}.pid").write_text(str(child.pid))
+        ready.settimeout(0.5)
+        for _ in range(120):
+            try:
+                if b"READY=1" in ready.recv(4096):
+                    break
+            except TimeoutError:
+                if child.poll() is not None:
+                    break
+        else:
+            sys.exit(f"quickstart: {name} did not become ready; see {HOME / name}.log")
+        if child.poll() is not None:
+            log_text = (HOME / f"{name}.log").read_text()
+            sys.exit(f"quickstart: {name} ended at its start:\n{log_text[-2000:]}")
+    notify.unlink()
+    print(f"  started walbd {' '.join(args[:3])} ...")
+
+
+def stop(*, quiet: bool = False) -> None:
+    stopped = 0
+    for pid_file in sorted(HOME.glob("*.pid"), reverse=True):
+        pid = int(pid_file.read_text())
+        command = Path(f"/proc/{pid}/cmdline")
+        if command.exists() and b"walbd" in command.read_bytes():
+            os.kill(pid, signal.SIGTERM)
+            for _ in range(300):
+                if not command.exists() or not command.read_bytes():
+                    break
+                time.sleep(0.1)
+            else:
+                os.kill(pid, signal.SIGKILL)
+            stopped += 1
+        pid_file.unlink()
+    if not quiet:
+        print(f"stopped {stopped} processes" if stopped else "nothing was running")
+
+
+def walbc(*args: str) -> None:
+    """Run a walbc command as a user would, showing it."""
+    print(f"\n$ walbc {' '.join(args)}", flush=True)
+    done = subprocess.run([BIN / "walbc", *args], env=os.environ | {"WALBD_GROUP": str(GROUP)}, check=False)
+    if done.returncode != 0:
+        sys.exit(f"quickstart: the command failed; logs: {HOME}/*.log")
+
+
+@contextmanager
+def volume() -> Iterator[NbdVolume]:
+    with NbdVolume(str(DEVICES / VOLUME / "nbd.sock")) as disk:
+        yield disk
+        disk.flush()
+
+
+def copy_image(disk: NbdVolume) -> None:
+    zeros = bytes(1 << 20)
+    with IMAGE.open("rb") as file:
+        for offset in range(0, SIZE_B, len(zeros)):
+            data = file.read(len(zeros))
+            if data != zeros:
+                disk.write(offset, data)
+
+
+def scribble(disk: NbdVolume, seed: int) -> None:
+    """Write random blocks to the volume and to the truth beside it."""
+    rng = random.Random(seed)
+    with IMAGE.open("r+b") as file:
+        for _ in range(500):
+            offset = rng.randrange(SIZE_B // 4096) * 4096
+            data = rng.randbytes(4096)
+            disk.write(offset, data)
+            file.seek(offset)
+            file.write(data)
+    disk.flush()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def nbd_uri() -> str:
+    return f"nbd+unix:///?socket={(DEVICES / VOLUME / 'nbd.sock').relative_to(ROOT)}"
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+main()
