@@ -18,15 +18,18 @@ from walbd.format.meta import (
     BaseState,
     Diff,
     DiffManager,
+    NotApplicable,
     NotMergeable,
     NotReachable,
     Snapshot,
     apply_all,
+    can_apply,
     can_merge,
     can_merge_all,
     contains,
     merge,
     merge_all,
+    trim,
 )
 from walbd.format.meta.index import _Entry
 from walbd.ids import Gid
@@ -420,6 +423,28 @@ def test_a_merge_that_would_lead_backward_is_refused() -> None:
     assert not can_merge(first, second)
     with pytest.raises(NotMergeable):
         merge(first, second)
+
+
+@given(diffs(gid_max=6), snapshots(8))
+def test_trim(diff: Diff, start: Snapshot) -> None:
+    if not can_apply(start, [diff]):
+        with pytest.raises(NotApplicable):
+            trim(diff, start)
+        return
+    trimmed = trim(diff, start)
+    assert apply_all(start, [trimmed]) == apply_all(start, [diff])
+    assert contains(diff, trimmed)
+    assert (trimmed.end, trimmed.comp, trimmed.timestamp, trimmed.size_b) == (
+        diff.end,
+        diff.comp,
+        diff.timestamp,
+        diff.size_b,
+    )
+    if diff.is_clean and diff.begin.gid_b < start.gid_b and not diff.comp:
+        assert trimmed.begin == Snapshot.clean(start.gid_b)
+        assert trimmed.mergeable
+    else:
+        assert trimmed is diff
 
 
 def test_history_makes_what_it_says() -> None:

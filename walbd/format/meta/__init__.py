@@ -12,6 +12,7 @@ from walbd.format.meta.diff import (
     merge,
     merge_all,
     relation,
+    trim,
 )
 from walbd.format.meta.errors import BadLabel, NotApplicable, NotMergeable, NotReachable
 from walbd.format.meta.index import DiffIndex, SnapshotChange
@@ -86,4 +87,5 @@ __all__ = [
     "reset_point",
     "starting_state",
     "transfer_diff",
+    "trim",
 ]

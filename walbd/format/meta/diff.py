@@ -121,11 +121,7 @@ def relation(snapshot: Snapshot, diff: Diff) -> Relation:
 
 def apply(snapshot: Snapshot, diff: Diff) -> Snapshot:
     """Return the snapshot that `diff` makes of `snapshot`; raises NotApplicable."""
-    where = relation(snapshot, diff)
-    if where is not Relation.APPLICABLE:
-        raise NotApplicable(
-            "the diff does not continue the snapshot", snapshot=snapshot, diff=diff, relation=where
-        )
+    _require_applicable(snapshot, diff)
     if diff.is_clean:
         return Snapshot(diff.end.gid_b, max(diff.end.gid_b, snapshot.gid_e))
     return diff.end
@@ -145,6 +141,19 @@ def can_apply(snapshot: Snapshot, diffs: Iterable[Diff]) -> bool:
             return False
         snapshot = apply(snapshot, diff)
     return True
+
+
+def trim(diff: Diff, snapshot: Snapshot) -> Diff:
+    """Return `diff` labelled to begin at `snapshot`, with the same contents; raises NotApplicable.
+
+    For a receiver whose newest snapshot lies inside a clean diff: the blocks are good from there too, and a
+    label that begins there cannot lead past snapshots that are protected here. What the sender merged over
+    is implicit, so a moved begin is mergeable. Dirty and compared diffs are returned as they are.
+    """
+    _require_applicable(snapshot, diff)
+    if diff.comp or not diff.is_clean or diff.begin.gid_b == snapshot.gid_b:
+        return diff
+    return replace(diff, begin=Snapshot.clean(snapshot.gid_b), mergeable=True)
 
 
 def can_merge(first: Diff, second: Diff) -> bool:
@@ -197,6 +206,14 @@ def merge_all(diffs: Sequence[Diff]) -> Diff:
 def contains(diff: Diff, other: Diff) -> bool:
     """Tell whether `other` may be deleted while `diff` is stored: `diff.end` stays reachable."""
     return diff.begin.gid_b <= other.begin.gid_b and other.end.gid_b <= diff.end.gid_b
+
+
+def _require_applicable(snapshot: Snapshot, diff: Diff) -> None:
+    where = relation(snapshot, diff)
+    if where is not Relation.APPLICABLE:
+        raise NotApplicable(
+            "the diff does not continue the snapshot", snapshot=snapshot, diff=diff, relation=where
+        )
 
 
 def _merged_end(first: Diff, second: Diff) -> Snapshot:
