@@ -46,6 +46,11 @@ class Rule:
     excludes: frozenset[str] = frozenset()  # actions that must not be running; ALL: none at all
     while_stopping: bool = False  # allowed although a stop is going on
     while_moving: bool = False  # allowed although a step is at work
+    during: frozenset[str] | None = None  # if so: only while one of these is shown; None: any
+
+    def allows_during(self, during: str) -> bool:
+        """Tell whether the command is allowed while the step shown as `during` is at work."""
+        return self.while_moving and (self.during is None or during in self.during)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Machine(Generic[S, C]):
         rule = self.table.rule_of(command)
         if self.stopping is not None and not rule.while_stopping:
             raise Stopping("the volume is being stopped", command=str(command), mode=str(self.stopping))
-        if self.during is not None and not rule.while_moving:
+        if self.during is not None and not rule.allows_during(self.during):
             raise Busy(
                 "the volume is busy", hint="wait until it has finished", command=str(command), state=self.during
             )
