@@ -24,6 +24,7 @@ from walbd.units import parse_size
 _SIZE: Final = {"size": True}
 Size = Annotated[int, Meta(ge=0, extra=_SIZE)]
 Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
+Delay = Annotated[float, Meta(gt=0, le=86400)]  # a deadline or a pause [s], never zero
 Count = Annotated[int, Meta(ge=1, le=100_000)]
 
 C = TypeVar("C", bound="DaemonConfig")
@@ -42,10 +43,10 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tls_ca: Annotated[str, Meta(description="PEM file: authority that signs the peers' certificates")] = ""
     insecure: Annotated[bool, Meta(description="allow a non-loopback address without TLS")] = False
     connections_max: Annotated[Count, Meta(description="connections served at the same time")] = 100
-    io_timeout_s: Annotated[Seconds, Meta(gt=0, description="deadline of each network read and write")] = 30.0
-    connect_timeout_s: Annotated[Seconds, Meta(gt=0, description="deadline of a connection attempt")] = 10.0
-    retry_delay_min_s: Annotated[Seconds, Meta(gt=0, description="delay after a first failure")] = 1.0
-    retry_delay_max_s: Annotated[Seconds, Meta(gt=0, description="cap of the doubling delay")] = 30.0
+    io_timeout_s: Annotated[Delay, Meta(description="deadline of each network read and write")] = 30.0
+    connect_timeout_s: Annotated[Delay, Meta(description="deadline of a connection attempt")] = 10.0
+    retry_delay_min_s: Annotated[Delay, Meta(description="delay after a first failure")] = 1.0
+    retry_delay_max_s: Annotated[Delay, Meta(description="cap of the doubling delay")] = 30.0
     log_level: Annotated[LogLevel, Meta(description="least level of log lines")] = "info"
     log_format: Annotated[LogFormat, Meta(description="log lines for people or as JSON")] = "console"
 

@@ -1,0 +1,149 @@
+"""The scheduler on a loop whose clock the test moves."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from tests.kit.virtual_time import run_virtual
+from walbd.daemon.scheduler import Again, RetryPolicy, Scheduler
+
+RETRY = RetryPolicy(delay_min_s=1, delay_max_s=8)
+
+
+class Recorder:
+    """Work that notes when it ran; what it does next is scripted per run."""
+
+    def __init__(self, *script: Again | Exception | None) -> None:
+        self.script = list(script)
+        self.runs: list[tuple[str, float]] = []
+
+    async def __call__(self, key: str) -> Again | None:
+        self.runs.append((key, asyncio.get_running_loop().time()))
+        step = self.script.pop(0) if self.script else None
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+    @property
+    def times(self) -> list[float]:
+        return [round(at, 6) for _, at in self.runs]
+
+
+@asynccontextmanager
+async def running(scheduler: Scheduler[str]) -> AsyncIterator[None]:
+    task = asyncio.ensure_future(scheduler.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+def make(work: object, workers: int = 1) -> Scheduler[str]:
+    return Scheduler(work, workers=workers, retry=RETRY, name="test")  # type: ignore[arg-type]
+
+
+def test_retries_double_up_to_the_cap_and_never_end() -> None:
+    async def main() -> None:
+        work = Recorder(*[OSError("no")] * 6, None)
+        scheduler = make(work)
+        async with running(scheduler):
+            scheduler.push("a")
+            await asyncio.sleep(1000)
+        assert work.times == [0, 1, 3, 7, 15, 23, 31]
+        assert scheduler.failures("a") == 0
+
+    run_virtual(main())
+
+
+def test_push_keeps_an_earlier_entry_and_does_not_shorten_a_delay() -> None:
+    async def main() -> None:
+        work = Recorder(OSError("no"), OSError("no"), OSError("no"))
+        scheduler = make(work)
+        async with running(scheduler):
+            scheduler.push("a")
+            await asyncio.sleep(1.5)  # failed at 0 and 1, due at 3
+            scheduler.push("a")
+            await asyncio.sleep(0.5)
+            assert len(work.runs) == 2
+            scheduler.push("a", 100)
+            await asyncio.sleep(2)
+        assert work.times == [0, 1, 3]
+
+    run_virtual(main())
+
+
+def test_hurry_runs_now_and_forgets_failures() -> None:
+    async def main() -> None:
+        work = Recorder(OSError("no"), OSError("no"), OSError("no"), OSError("no"))
+        scheduler = make(work)
+        async with running(scheduler):
+            scheduler.push("a")
+            await asyncio.sleep(4)  # failed at 0, 1, 3; due at 7
+            assert scheduler.hurry_waiting(lambda key: key == "b") == 0
+            assert scheduler.hurry_waiting() == 1
+            await asyncio.sleep(0.5)
+            assert scheduler.failures("a") == 1
+            await asyncio.sleep(0.6)
+        assert work.times == [0, 1, 3, 4, 5]
+
+    run_virtual(main())
+
+
+def test_again_and_delays() -> None:
+    async def main() -> None:
+        work = Recorder(Again(0.1), Again(), None)
+        scheduler = make(work)
+        async with running(scheduler):
+            scheduler.push("a", 2)
+            await asyncio.sleep(10)
+        assert work.times == [2, 2.1, 2.1]
+
+    run_virtual(main())
+
+
+def test_a_key_never_runs_twice_at_the_same_time_and_workers_are_bounded() -> None:
+    async def main() -> None:
+        running_now: list[str] = []
+        most: list[int] = []
+
+        async def work(key: str) -> None:
+            assert key not in running_now
+            running_now.append(key)
+            most.append(len(running_now))
+            await asyncio.sleep(1)
+            running_now.remove(key)
+
+        scheduler = make(work, workers=2)
+        async with running(scheduler):
+            for key in "aabbccdd":
+                scheduler.push(key)
+            await asyncio.sleep(0.5)
+            assert [row.key for row in scheduler.waiting()] == ["c", "d"]
+            scheduler.hurry("a")  # pushed again while it runs
+            await asyncio.sleep(10)
+        assert max(most) == 2
+        assert len(most) == 5
+
+    run_virtual(main())
+
+
+def test_remove_and_drain() -> None:
+    async def main() -> None:
+        work = Recorder()
+        scheduler = make(work)
+        async with running(scheduler):
+            scheduler.push("a", 1)
+            scheduler.push("b", 1)
+            scheduler.remove(lambda key: key == "a")
+            await asyncio.sleep(2)
+            assert [key for key, _ in work.runs] == ["b"]
+            scheduler.push("c", 1)
+            scheduler.drain()
+            scheduler.push("d")
+            scheduler.hurry("e")
+            await asyncio.sleep(5)
+            await scheduler.idle()
+        assert [key for key, _ in work.runs] == ["b"]
+
+    run_virtual(main())
