@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,6 +112,8 @@ def _leaves(group: BaseExceptionGroup[WalbError]) -> list[WalbError]:
 
 
 def _defect(prog: str) -> int:
+    import traceback
+
     traceback.print_exc()
     print_error(InternalError("this is a defect of walbd", hint="report it with the traceback above"), prog)
     return InternalError.exit_code

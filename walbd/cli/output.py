@@ -6,7 +6,6 @@ NO_COLOR is not set; scripts get plain columns, or JSON with `--json`.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,6 +46,8 @@ def note(text: str) -> None:
 
 def print_json(value: object) -> None:
     """Print one JSON document."""
+    import json
+
     print(json.dumps(value, indent=2))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,6 +143,8 @@ def show(file: Path, as_json: bool) -> None:
 
 
 def _show_json(walk: PackWalk) -> None:
+    import json
+
     # Written piece by piece: a log file may be larger than memory.
     print(f'{{"header": {json.dumps(header_facts(walk.reader.header))},\n "packs": [', end="")
     separator = "\n  "
