@@ -3,15 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from walbd.daemon.conn import Connection, Me, call, dial
 from walbd.daemon.env import Env
 from walbd.daemon.net import Address
 from walbd.daemon.server import Handler, Server
+from walbd.daemon.tls import mutual_tls
 from walbd.errors import BadState, ConnectError, Refused, RemoteError, RemoteProtocolError, TimedOut
 from walbd.protocol.base import End, GetJobs, JobList, Kind, WaitJob
 
@@ -155,7 +158,10 @@ async def test_junk_instead_of_a_handshake_ends_only_that_connection(junk: bytes
 
 
 async def test_more_connections_than_allowed_are_told_so() -> None:
-    async with serving({GetJobs: no_jobs}, connections_max=1) as (env, _, address), dial(env, ME, address) as first:
+    async with (
+        serving({GetJobs: no_jobs}, connections_max=1) as (env, _, address),
+        dial(env, ME, address) as first,
+    ):
         await first.call(GetJobs())
         with pytest.raises(RemoteError) as caught:
             await call(env, ME, address, GetJobs())
@@ -181,3 +187,38 @@ async def test_graceful_stop_lets_a_conversation_end() -> None:
         proceed.set()
         assert await reply == JobList(jobs=[])
         await stopping
+
+
+async def test_mutual_tls(tmp_path: Path) -> None:
+    authority, stranger = trustme.CA(), trustme.CA()
+    for name, ca in (("good", authority), ("bad", stranger)):
+        cert = ca.issue_cert("127.0.0.1")
+        cert.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        cert.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.crt")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+
+    def context(name: str, *, server: bool) -> Any:
+        return mutual_tls(
+            str(tmp_path / f"{name}.crt"), str(tmp_path / f"{name}.key"), str(tmp_path / "ca.pem"), server=server
+        )
+
+    env = Env()
+    server = Server(env, Me(node="s", kind=Kind.PROXY), {GetJobs: no_jobs})
+    async with asyncio.TaskGroup() as tasks:
+        await server.listen(tasks, [Address("127.0.0.1", 0)], context("good", server=True))
+        (address,) = server.addresses
+        me = Me(node="a", kind=Kind.CONTROL, tls=context("good", server=False))
+        assert await call(env, me, address, GetJobs()) == JobList(jobs=[])
+        data = bytes(5 << 20)
+        for other in (
+            Me(node="a", kind=Kind.CONTROL),
+            Me(node="a", kind=Kind.CONTROL, tls=context("bad", server=False)),
+        ):
+            with pytest.raises((ConnectError, TimedOut)):
+                await call(env, replace(other, io_timeout_s=5), address, GetJobs())
+        async with dial(env, me, address) as conn:
+            await conn.send(End(), data)  # no request: refused, after five mebibytes came through
+            with pytest.raises(RemoteError):
+                await conn.expect(JobList)
+        await server.stop(force=True)
+    env.pools.close()
