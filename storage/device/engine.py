@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -27,7 +28,7 @@ from walbd.storage.device.checkpoint import Checkpointer
 from walbd.storage.device.core import Core, Lsids
 from walbd.storage.device.data_stage import DataStage
 from walbd.storage.device.log_stage import LogStage
-from walbd.storage.device.start import OpenedDevice
+from walbd.storage.device.start import OpenedDevice, open_device
 from walbd.units import LB, MIB
 
 log = structlog.get_logger()
@@ -257,6 +258,7 @@ class Engine:
         self.log.hold()
         self.checkpoints.paused = True
         self._set_melt_timer(timeout_s)
+        self.core.log_advanced.set()  # watchers are told of flags too
         log.info("device.frozen", timeout_s=timeout_s)
         await self.drain()
 
@@ -273,6 +275,7 @@ class Engine:
         self.freeze_state = FreezeState.MELTED
         self.checkpoints.paused = False
         self.log.release()
+        self.core.log_advanced.set()
 
     def _set_melt_timer(self, timeout_s: float) -> None:
         if self._melt_timer is not None:
@@ -359,13 +362,17 @@ class Engine:
         ddev.truncate(size_lb * LB)
         ddev.sync()
 
+    def refuse_writes(self) -> None:
+        """Refuse writes from now on; what was taken before is still done, frozen or not."""
+        self.log.refuse()
+        self._melt()
+
     async def stop(self) -> None:
         """End in an orderly way: nothing is left to redo. A read-only device just closes."""
         if self._stopped:
             return
         self._stopped = True
-        self.log.refuse()
-        self._melt()
+        self.refuse_writes()
         try:
             if not self.core.has_failed():
                 await self.drain()
@@ -378,3 +385,15 @@ class Engine:
             await asyncio.wait(self._workers)
             self.core.ldev.close()
             self.core.ddev.close()
+
+
+async def resize_stopped(env: Env, ldev_path: Path, ddev_path: Path, name: str, size_lb: int) -> int:
+    """Grow the volume of a device that is not served; return its size [lb]. Raises Busy if it is."""
+    opened = await env.pools.run(Pool.MAINTAIN, open_device, env.fs, ldev_path, ddev_path)
+    async with asyncio.TaskGroup() as tasks:
+        engine = Engine(env, opened, tasks, name=name)
+        try:
+            await engine.resize(size_lb)
+            return engine.core.superblock.device_size_lb
+        finally:
+            await engine.stop()

@@ -321,6 +321,7 @@ class LogStage:
             self._want_checkpoint()
         if not core.overflow and lsids.latest - lsids.oldest > core.ring_pb:
             core.overflow = True
+            core.log_advanced.set()  # watchers are told of flags too
             log.warning("device.overflowed", **self._ring_fields())
 
     def _ring_fields(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ from walbd.cli.app import Late, LateGroup, run
 
 COMMANDS = {
     "wlog": Late("walbd.cli.wlog:wlog", "Log files: show, verify, replay, convert to diffs."),
+    "device": Late("walbd.cli.device:device", "Devices of this host: make, serve, look at, grow, remove."),
     "ldev": Late("walbd.cli.ldev:ldev", "Log devices: format, look inside, extract, replay, check."),
 }
 
