@@ -121,15 +121,11 @@ def make_image() -> None:
 
 
 def start_group() -> None:
-    quiet = subprocess.run(
-        [BIN / "walbd", "device", "create", VOLUME, "--base-dir", DEVICES, "--size", str(SIZE_B)]
-        + ["--ldev", HOME / "vol0.ldev", "--ldev-size", "128M", "--ddev", HOME / "vol0.ddev"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if quiet.returncode != 0:
-        sys.exit(f"quickstart: {quiet.stderr.strip()}")
+    create = ["device", "create", VOLUME, "--base-dir", str(DEVICES), "--size", str(SIZE_B), "--ldev-size", "128M"]
+    files = ["--ldev", str(HOME / "vol0.ldev"), "--ddev", str(HOME / "vol0.ddev")]
+    done = subprocess.run([BIN / "walbd", *create, *files], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"quickstart: {done.stderr.strip()}")
     servers = [("s0", "storage"), ("p0", "proxy"), ("a0", "archive")]
     GROUP.write_text(
         'group = "default"\n'
