@@ -84,7 +84,7 @@ class LogScanner:
         self._verify = verify_data
         self._collect = collect
         self._keep_torn = keep_torn
-        self._whole_max_b = whole_pack_max_b
+        self._whole_max_b = max(whole_pack_max_b, pbs)
         self._buffer = aligned_buffer(max(chunk_b // pbs, 1) * pbs)
         self._filled = 0  # bytes of the log in the buffer, the first of them that of `lsid`
         self.stop, self.fault = Stop.MORE, Fault.NONE
