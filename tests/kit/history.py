@@ -98,6 +98,9 @@ class DiffStore(Protocol):
     def overlay(self, image: bytes, diffs: Sequence[Diff]) -> bytes:
         """Return `image` with the files of `diffs`, oldest first, laid over it."""
 
+    def close(self) -> None:
+        """Release what the store holds; it is not used any more."""
+
 
 class MemoryStore:
     """Files as dictionaries from block to contents, by name."""
@@ -149,6 +152,10 @@ class MemoryStore:
             for block, contents in self._files[diff_name(diff)][1].items():
                 result[block * LB : (block + 1) * LB] = contents
         return bytes(result)
+
+    def close(self) -> None:
+        """See DiffStore."""
+        self._files.clear()
 
 
 class Truth:
@@ -222,7 +229,7 @@ class Storage:
         image = self._boundaries[lsid_end]
         assert self._truth.images.setdefault((self.uuid, diff.end.gid_b), image) == image
         proxy.receive(diff, records, self.uuid)
-        if self._rng.random() < 0.8:
+        if self._rng.random() < 0.7:
             self.done = point_after(plan, lsid_end)
             self.queue = drop_delivered(self.done, self.queue)
         return True
@@ -259,7 +266,7 @@ class Proxy:
         answer = archive.receive(merge_all(parts), self.store, parts, uuid)
         if answer == "too-new-diff":
             return False
-        if answer != "accept" or self._rng.random() < 0.8:  # else the acknowledgement was lost
+        if answer != "accept" or self._rng.random() < 0.7:  # else the acknowledgement was lost
             self.erase(parts)
         return True
 
@@ -420,7 +427,7 @@ class Archive:
         gids = [gid for gid in self.images if gid >= self.base.begin.gid_b]
         if self.is_empty or not gids:
             return
-        gid, enable = self._rng.choice(gids), self._rng.random() < 0.5
+        gid, enable = self._rng.choice(gids[-4:-1] or gids), self._rng.random() < 0.7
         can_restore = gid in [p.gid for p in self.diffs.restorable(self.base, all_points=True)]
         found, changed = self.diffs.change_snapshot(gid, enable=enable)
         for old, new in changed:
@@ -450,7 +457,7 @@ class Archive:
 
     def restore(self, gid: int) -> bytes:
         """Make the image of `gid`, in rounds as if few files could be open at once."""
-        n_max = self._rng.randint(0, 4)
+        n_max = self._rng.choice((0, 0, 1, 3))
         state, image = self.base, self.image
         while diffs := self.diffs.to_restore(state, gid, n_max=n_max):
             image = self.store.overlay(image, diffs)
@@ -483,10 +490,10 @@ class History:
         self.storage = Storage(self.rng, self.truth)
         self.archive = Archive(self.rng, self.make_store("archive"), self.truth)
         self.proxies = [
-            Proxy(self.rng, self.make_store(f"proxy{number}")) for number in range(self.rng.randint(1, 2))
+            Proxy(self.rng, self.make_store(f"proxy{number}")) for number in range(self.rng.choice((1, 2, 2)))
         ]
 
-    def run(self, n_steps: int = 60) -> None:
+    def run(self, n_steps: int = 50) -> None:
         """Live `n_steps` random events, then let everything arrive and check it all."""
         events: list[tuple[int, Callable[[], object]]] = [
             (30, self._write),
@@ -511,6 +518,11 @@ class History:
             self.now += self.rng.randint(0, 4)
             action()
         self._settle()
+
+    def close(self) -> None:
+        """Release the stores."""
+        for store in (self.archive.store, *(proxy.store for proxy in self.proxies)):
+            store.close()
 
     # --- events
 

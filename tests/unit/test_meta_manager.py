@@ -447,6 +447,15 @@ def test_trim(diff: Diff, start: Snapshot) -> None:
         assert trimmed is diff
 
 
+def test_trimmed_diffs_do_not_lead_past_a_protected_snapshot() -> None:
+    """As documented: 2 was protected here while the sender, which had no acknowledgement, merged over it."""
+    base = BaseState(Snapshot.clean(1))
+    arrived = at("1>5", mergeable=True)
+    for stored, gids in ((arrived, [1, 5]), (trim(arrived, Snapshot.clean(3)), [1, 2, 5])):
+        manager = DiffManager([at("1>2", mergeable=True), at("2>3", mergeable=False), stored])
+        assert [point.gid for point in manager.restorable(base)] == gids
+
+
 def test_history_makes_what_it_says() -> None:
     history: LabelHistory = label_history(random.Random(7).randrange(1000), 30)
     assert any(not diff.is_clean for diff in history.manager)
