@@ -27,8 +27,13 @@ from types import TracebackType
 from typing import Final, Protocol, Self
 
 from walbd.errors import AlreadyExists, Busy, DiskFailed, DiskFull, NotFound
+from walbd.ext.iobatch import pread_many, pwrite_many
+from walbd.fs import failpoints
 
 Buf = bytes | bytearray | memoryview
+
+FP_BEFORE_RENAME = failpoints.register("fs.commit.before_rename", "a temporary file; the old file is untouched")
+FP_AFTER_RENAME = failpoints.register("fs.commit.after_rename", "the new file, its name perhaps not durable yet")
 
 TMP_PREFIX: Final = "tmp"  # of unfinished files; whatever begins so is garbage at start-up
 _IOV_MAX: Final = 1024
@@ -68,6 +73,9 @@ class File(Protocol):
 
     def truncate(self, size_b: int) -> None:
         """Set the size of a regular file; a grown part reads as zeros."""
+
+    def allocate(self, size_b: int) -> None:
+        """Reserve space for a regular file of `size_b`, growing it if it is smaller, where the disk can."""
 
     def sync(self) -> None:
         """Make everything written so far survive power loss; after one failure, fail for ever."""
@@ -231,6 +239,24 @@ class OsFile:
                         rest = rest[n:]
                 offset_b += size
 
+    def pread_many(self, pieces: bytes, buffer: memoryview) -> int:
+        """Read pieces (offset, size, place: u64 each) to their places in the buffer.
+
+        Returns the number of the first one that ends beyond the end of the file, or -1.
+        """
+        done, code = pread_many(self._fd, pieces, buffer)
+        if code:
+            with disk_errors(self.path, "read"):
+                raise OSError(code, os.strerror(code))
+        return -1 if done * 24 == len(pieces) else done
+
+    def pwrite_many(self, pieces: bytes, buffer: memoryview) -> None:
+        """Write pieces (offset, size, place: u64 each) from their places in the buffer, in order."""
+        _, code = pwrite_many(self._fd, pieces, buffer)
+        if code:
+            with disk_errors(self.path, "write"):
+                raise OSError(code, os.strerror(code))
+
     def zero(self, offset_b: int, size_b: int) -> None:
         if size_b == 0:
             return
@@ -262,6 +288,16 @@ class OsFile:
     def truncate(self, size_b: int) -> None:
         with disk_errors(self.path, "resize"):
             os.ftruncate(self._fd, size_b)
+
+    def allocate(self, size_b: int) -> None:
+        with disk_errors(self.path, "reserve space"):
+            try:
+                _fallocate(self._fd, 0, 0, size_b)
+            except OSError as exc:
+                if exc.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                if os.fstat(self._fd).st_size < size_b:
+                    os.ftruncate(self._fd, size_b)
 
     def sync(self) -> None:
         with self._sync_lock:
@@ -301,9 +337,11 @@ class OsTempFile(OsFile):
     def commit(self, path: Path) -> None:
         self.sync()
         with disk_errors(path, "rename"):
+            failpoints.hit(FP_BEFORE_RENAME)
             os.chmod(self._fd, 0o644)
             os.replace(self.path, path)  # noqa: TID251
             self._committed = True
+            failpoints.hit(FP_AFTER_RENAME)
         _sync_dir(path.parent)
 
     def close(self) -> None:
