@@ -11,6 +11,8 @@ from walbd.cli.app import Late, LateGroup, run
 
 COMMANDS = {
     "wlog": Late("walbd.cli.wlog:wlog", "Log files: show, verify, replay, convert to diffs."),
+    "wdiff": Late("walbd.cli.wdiff:wdiff", "Diff files: show, verify, merge, apply."),
+    "image": Late("walbd.cli.image:image", "Disk images: put together from diffs, hash."),
     "device": Late("walbd.cli.device:device", "Devices of this host: make, serve, look at, grow, remove."),
     "ldev": Late("walbd.cli.ldev:ldev", "Log devices: format, look inside, extract, replay, check."),
 }
