@@ -63,7 +63,11 @@ def run(command: click.Command, prog: str, args: Sequence[str] | None = None) ->
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names on disk may hold any byte
     try:
-        result = command.main(args=args, prog_name=prog, standalone_mode=False)
+        if f"_{prog.upper()}_COMPLETE" in os.environ:
+            command.main(prog_name=prog)  # the shell asks for completions; never returns
+        # Not through main(): it would answer Ctrl-C and a closed stdout in its own way.
+        with command.make_context(prog, list(sys.argv[1:] if args is None else args)) as ctx:
+            result = command.invoke(ctx)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exc:
