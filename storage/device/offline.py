@@ -24,7 +24,7 @@ from walbd.format.superblock import (
     ring_size_pb,
 )
 from walbd.format.wlog import WlogHeader, WlogWriter
-from walbd.fs import File, FileSystem, failpoints, physical_block_size
+from walbd.fs import File, FileSystem, physical_block_size
 from walbd.ids import INVALID_LSID, Lsid, new_uuid
 from walbd.storage.device.superblocks import OpenedSuperblock, open_superblock, write_superblocks
 from walbd.units import LB
@@ -32,10 +32,6 @@ from walbd.units import LB
 FORMAT_PBS: Final = (512, 4096)
 RING_MIN_PB: Final = 2  # a header and one PB of data
 CHAIN_HINT: Final = "`walbd ldev check` tells more; if log is lost, the volume needs a hash or full backup"
-
-FP_BEFORE_COMMIT: Final = failpoints.register(
-    "ldev.cat.before_commit", "an unfinished file in the directory of the wlog; no wlog"
-)
 
 
 @contextmanager
@@ -108,44 +104,36 @@ def _new_salt(rng: random.Random, former: int) -> int:
 
 
 def extract_wlog(
-    fs: FileSystem,
-    ldev: File,
-    superblock: Superblock,
-    out: Path,
-    *,
-    begin: int | None = None,
-    end: int | None = None,
+    ldev: File, superblock: Superblock, out: File, *, begin: int | None = None, end: int | None = None
 ) -> Lsid:
-    """Copy the log [begin, end) of a log device to the wlog file `out`; return the lsid reached.
+    """Copy the log [begin, end) of a log device to `out`, an empty file, as a wlog; return the lsid reached.
 
     From `oldest_lsid` to the end of the log by default; both ends must be pack boundaries. A torn last pack is
-    copied as far as it is good. `out` appears only when all is well. Raises WlogOverflow when the beginning
-    was overwritten, Refused when `begin` or `end` is no boundary or lies beyond the log, CorruptData.
+    copied as far as it is good. What is in `out` after an error is of no use. Raises WlogOverflow when the
+    beginning was overwritten, Refused when `begin` or `end` is no boundary or lies beyond the log, CorruptData.
     """
     ring = Ring(ldev, superblock)
     first = superblock.oldest_lsid if begin is None else begin
-    if not 0 <= first < INVALID_LSID or (end is not None and not first < end <= INVALID_LSID):
+    last = INVALID_LSID if end is None else end
+    if not 0 <= first < last <= INVALID_LSID:
         raise UsageError("not a range of lsids", begin=first, end=end)
-    with fs.temp_file(out.parent) as file:
-        header = WlogHeader(
-            pbs=superblock.pbs,
-            salt=superblock.salt,
-            uuid=superblock.uuid,
-            begin_lsid=Lsid(first),
-            end_lsid=INVALID_LSID if end is None else Lsid(end),
-        )
-        writer = WlogWriter(file, header)
-        scanner = ring.scan(first, lsid_end=INVALID_LSID if end is None else end, collect=False, keep_torn=True)
-        for batch in scanner:
-            writer.append(batch.data)
-        refuse_contradictions(ring, scanner, first)
-        if scanner.torn:
-            writer.cut(scanner.torn.lsid, scanner.torn.header, scanner.torn.lsid_end)
-        assert writer.lsid == scanner.lsid
-        _check_extracted(ring, scanner, first, end)
-        file.truncate(writer.finish())
-        failpoints.hit(FP_BEFORE_COMMIT)
-        file.commit(out)
+    header = WlogHeader(
+        pbs=superblock.pbs,
+        salt=superblock.salt,
+        uuid=superblock.uuid,
+        begin_lsid=Lsid(first),
+        end_lsid=Lsid(last),
+    )
+    writer = WlogWriter(out, header)
+    scanner = ring.scan(first, lsid_end=last, collect=False, keep_torn=True)
+    for batch in scanner:
+        writer.append(batch.data)
+    refuse_contradictions(ring, scanner, first)
+    if scanner.torn:
+        writer.cut(scanner.torn.lsid, scanner.torn.header, scanner.torn.lsid_end)
+    assert writer.lsid == scanner.lsid
+    _check_extracted(ring, scanner, first, end)
+    out.truncate(writer.finish())
     return writer.lsid
 
 

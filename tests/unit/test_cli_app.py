@@ -79,6 +79,14 @@ def test_late_commands(capsys: pytest.CaptureFixture[str]) -> None:
     cli.fails("nothing", code=2)
 
 
+MADE = {"made": lambda: click.Command("made", callback=lambda: 9)}
+
+
+def test_late_commands_may_be_made_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+    group = LateGroup("g", late={"m": Late(f"{__name__}:MADE.made", "made")})
+    assert Cli(group, "prog", capsys)("m").code == 9
+
+
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     cli = Cli(root, "walbd", capsys)
     assert cli.good("--version").startswith("walbd ")

@@ -20,7 +20,7 @@ from walbd.errors import InternalError, UsageError, WalbError, exit_code_of
 class Late(NamedTuple):
     """A command that is not imported yet."""
 
-    target: str  # "package.module:attribute"
+    target: str  # "package.module:name", or ":table.name"; a function there makes the command
     help: str  # one line for the list of commands
 
 
@@ -39,9 +39,7 @@ class LateGroup(click.Group):
         late = self._late.get(cmd_name)
         if late is None:
             return super().get_command(ctx, cmd_name)
-        module, _, attribute = late.target.partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
+        return _load(late.target)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []
@@ -51,6 +49,15 @@ class LateGroup(click.Group):
             rows.append((name, late.help if late else command.get_short_help_str(90) if command else ""))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+
+def _load(target: str) -> click.Command:
+    module, _, path = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        found = found[name] if isinstance(found, Mapping) else getattr(found, name)
+    command: click.Command = found if isinstance(found, click.Command) else found()
+    return command
 
 
 def run(command: click.Command, prog: str, args: Sequence[str] | None = None) -> int:

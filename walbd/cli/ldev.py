@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from walbd.cli.files import OUT, output_file
 from walbd.cli.output import note, print_facts, print_json
 from walbd.errors import CorruptData
 from walbd.format.superblock import Superblock
@@ -98,7 +99,7 @@ def info(ldev_path: Path, as_json: bool) -> None:
 
 @ldev.command()
 @LDEV
-@click.option("-o", "--output", "out", metavar="WLOG", required=True, type=click.Path(path_type=Path))
+@OUT
 @click.option("--from", "begin", metavar="LSID", type=int, help="First logpack; by default the oldest.")
 @click.option("--to", "end", metavar="LSID", type=int, help="Lsid after the last logpack; by default the end.")
 def cat(ldev_path: Path, out: Path, begin: int | None, end: int | None) -> None:
@@ -108,7 +109,8 @@ def cat(ldev_path: Path, out: Path, begin: int | None, end: int | None) -> None:
     fs = OsFileSystem()
     with open_ldev(fs, ldev_path) as (file, opened):
         _warn_of_copy(opened)
-        reached = extract_wlog(fs, file, opened.superblock, out, begin=begin, end=end)
+        with output_file(fs, out) as new:
+            reached = extract_wlog(file, opened.superblock, new, begin=begin, end=end)
         first = opened.superblock.oldest_lsid if begin is None else begin
     print(f"{out}: lsid {first} to {reached}")
 
