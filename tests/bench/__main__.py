@@ -93,7 +93,8 @@ def make_inputs(where: Path) -> None:
     if not base.exists():
         # In a process of its own: numpy in this one would count as memory of every command that it starts.
         code = (
-            "import sys; from tests.bench.mkwlog import Content; content = Content(99, ['text', 'table', 'rand', 'zero'])\n"
+            "import sys; from tests.bench.mkwlog import Content\n"
+            "content = Content(99, ['text', 'table', 'rand', 'zero'])\n"
             "for _ in range(4096): sys.stdout.buffer.write(content.get(256 << 10))"
         )
         with base.open("wb") as file:
