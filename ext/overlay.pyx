@@ -230,15 +230,20 @@ cdef class Overlay:
         """Return (offset, size) [byte] of the discarded ranges, ascending, neighbours joined."""
         cdef imap_cursor c = imap_find(&self.map, 0)
         cdef imap_entry* e = imap_at(&self.map, c)
+        cdef uint64_t begin = 0
+        cdef uint64_t end = 0  # of the range being joined; begin == end: none
         found = []
         while e != NULL:
             if e.data == NULL:
-                if found and found[-1][0] + found[-1][1] == e.begin * LB:
-                    found[-1] = (found[-1][0], found[-1][1] + (e.end - e.begin) * LB)
-                else:
-                    found.append((e.begin * LB, (e.end - e.begin) * LB))
+                if e.begin != end:
+                    if end > begin:
+                        found.append((begin * LB, (end - begin) * LB))
+                    begin = e.begin
+                end = e.end
             c = imap_next(&self.map, c)
             e = imap_at(&self.map, c)
+        if end > begin:
+            found.append((begin * LB, (end - begin) * LB))
         return found
 
     def writes(self):
