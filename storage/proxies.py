@@ -1,0 +1,144 @@
+"""The proxies of a storage: which are there, and in which order to try them.
+
+One task watches each proxy by asking it what kind of server it is. The order of the configuration is the order
+of preference at every transfer: there is no staying with the last one, so a better proxy that comes back is
+used again at once. Source: docs/storage.md, "Choosing a proxy".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import structlog
+
+from walbd.daemon.conn import Me, call
+from walbd.daemon.env import Env
+from walbd.daemon.logs import error_fields
+from walbd.daemon.net import Address
+from walbd.daemon.tasks import Signal
+from walbd.errors import WalbError
+from walbd.protocol.base import Kind
+from walbd.protocol.control import GetHostType, ProxyHealth
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Proxy:
+    """One proxy as we see it."""
+
+    address: Address
+    available: bool = True  # until a check says otherwise
+    due: float = 0.0  # of the next check, on the loop's clock
+    checks: int = 0  # how many have ended
+    error: str = ""  # why it is not available
+
+
+class Proxies:
+    """All proxies, best first."""
+
+    def __init__(
+        self,
+        env: Env,
+        me: Me,
+        addresses: Sequence[Address],
+        *,
+        interval_s: float,
+        probe_s: float,
+        timeout_s: float,
+        on_return: Callable[[], None],
+    ) -> None:
+        self._env = env
+        self._me = replace(me, connect_timeout_s=timeout_s, io_timeout_s=timeout_s)
+        self._proxies = [Proxy(address) for address in addresses]
+        self._interval_s = interval_s
+        self._probe_s = min(probe_s, interval_s)
+        self._timeout_s = timeout_s
+        self._on_return = on_return  # a proxy is back that was away
+        self._changed = Signal()
+
+    def available(self) -> list[Address]:
+        """Return where to try, best first."""
+        return [proxy.address for proxy in self._proxies if proxy.available]
+
+    def suspect(self, address: Address) -> None:
+        """Have a proxy checked now, since something went wrong with it. It counts as before until then."""
+        for proxy in self._proxies:
+            if proxy.address == address:
+                proxy.due = 0.0
+        self._changed.set()
+
+    async def check_now(self) -> None:
+        """Make every check due now; if no proxy counts as available, wait for the outcome of one round."""
+        seen = [proxy.checks for proxy in self._proxies]
+        for proxy in self._proxies:
+            proxy.due = 0.0
+        self._changed.set()
+        if not self.available():
+            await self._changed.wait_for(
+                lambda: (
+                    bool(self.available())
+                    or all(proxy.checks > n for proxy, n in zip(self._proxies, seen, strict=True))
+                )
+            )
+
+    def health(self) -> list[ProxyHealth]:
+        """Return what status shows."""
+        now = asyncio.get_running_loop().time()
+        return [
+            ProxyHealth(
+                address=str(proxy.address),
+                available=proxy.available,
+                next_check_s=max(0.0, proxy.due - now),
+                error=proxy.error,
+            )
+            for proxy in self._proxies
+        ]
+
+    async def run(self) -> None:
+        """Watch all proxies until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for proxy in self._proxies:
+                tasks.create_task(self._watch(proxy), name=f"proxy:{proxy.address}")
+
+    async def _watch(self, proxy: Proxy) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            while (wait_s := self._due(proxy) - loop.time()) > 0:
+                try:
+                    async with asyncio.timeout(wait_s):
+                        await self._changed.next()
+                except TimeoutError:
+                    pass
+            await self._check(proxy)
+
+    def _due(self, proxy: Proxy) -> float:
+        """Return when to check a proxy; while none is there, each is looked for often."""
+        if any(other.available for other in self._proxies):
+            return proxy.due
+        return proxy.due - self._interval_s + self._probe_s
+
+    async def _check(self, proxy: Proxy) -> None:
+        was, error = proxy.available, ""
+        proxy.due = float("inf")  # a suspicion during the check asks for another one
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await call(self._env, self._me, proxy.address, GetHostType())
+            if answer.kind is not Kind.PROXY:
+                error = f"it is no proxy but {answer.kind}"
+        except TimeoutError:
+            error = f"no answer within {self._timeout_s} s"
+        except WalbError as exc:
+            error = str(exc)
+            log.debug("proxy.check_failed", proxy=str(proxy.address), **error_fields(exc))
+        proxy.available, proxy.error = not error, error
+        proxy.due = min(proxy.due, asyncio.get_running_loop().time() + self._interval_s)
+        proxy.checks += 1
+        self._changed.set()
+        if was and error:
+            log.warning("proxy.lost", proxy=str(proxy.address), error=error)
+        if not was and not error:
+            log.info("proxy.returned", proxy=str(proxy.address))
+            self._on_return()

@@ -1,0 +1,426 @@
+"""The storage daemon: volumes, the requests it serves, its start and its end. Source: docs/storage.md."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import structlog
+
+from walbd.daemon.conn import Connection
+from walbd.daemon.env import Env, Pool
+from walbd.daemon.jobs import Jobs
+from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
+from walbd.daemon.net import Address
+from walbd.daemon.scheduler import Again, RetryPolicy, Scheduler
+from walbd.daemon.server import Handler, Server
+from walbd.daemon.states import StopMode
+from walbd.errors import AlreadyExists, NotFound, UsageError, WalbError
+from walbd.fs import File, FileSystem
+from walbd.ids import volume_name
+from walbd.protocol.base import GetJobs, JobAccepted, JobInfo, JobList, Kind, Ok, WaitJob
+from walbd.protocol.codec import Request
+from walbd.protocol.control import (
+    Actions,
+    BoolValue,
+    ClearVol,
+    FullBackup,
+    GetActions,
+    GetHandlerStat,
+    GetHostType,
+    GetIsOverflow,
+    GetLatestSnap,
+    GetLogUsage,
+    GetNumAction,
+    GetPid,
+    GetState,
+    GetStatus,
+    GetTsDelta,
+    GetUuid,
+    GetVersion,
+    GetVolumes,
+    GidValue,
+    HostType,
+    IntValue,
+    Kick,
+    Kicked,
+    Latest,
+    LogUsages,
+    Names,
+    RequestStats,
+    ResetVol,
+    Resize,
+    Role,
+    SetFullScanBps,
+    Start,
+    StatusReply,
+    Stop,
+    StorageInitVol,
+    TakeSnapshot,
+    TextValue,
+    TsDeltas,
+    UuidValue,
+    VersionInfo,
+)
+from walbd.protocol.control import Shutdown as ShutdownRequest
+from walbd.storage import queries
+from walbd.storage.backup import begin_full_backup
+from walbd.storage.config import StorageConfig
+from walbd.storage.device.interface import Device, DeviceInfo
+from walbd.storage.device.userspace import UserspaceDevice
+from walbd.storage.lag import Lag
+from walbd.storage.pace import SpeedLimit
+from walbd.storage.proxies import Proxies
+from walbd.storage.shared import OpenDevice, Shared
+from walbd.storage.states import Command
+from walbd.storage.volume import Volume
+from walbd.storage.worker import Worker
+
+log = structlog.get_logger()
+
+LOCK_NAME: Final = "storage.lock"
+_SWEEP_S: Final = 10.0
+_FORCE_WAIT_S: Final = 2.0
+
+
+class StorageServer:
+    """A storage daemon (`walbd.daemon.main.Daemon`)."""
+
+    def __init__(
+        self, config: StorageConfig, env: Env, shutdown: Shutdown, *, open_device: OpenDevice | None = None
+    ) -> None:
+        self.config = config
+        self.volumes: dict[str, Volume] = {}
+        self._env = env
+        self._shutdown = shutdown
+        me = identity(config, Kind.STORAGE)
+        self.scheduler: Scheduler[str] = Scheduler(
+            self._work,
+            workers=config.transfers_max,
+            retry=RetryPolicy(config.retry_delay_min_s, config.retry_delay_max_s),
+            name="volume",
+        )
+        self.jobs = Jobs(env.clock)
+        self.shared = Shared(
+            env=env,
+            config=config,
+            me=me,
+            open_device=open_device or self._open_device,
+            scheduler=self.scheduler,
+            jobs=self.jobs,
+            scan_limit=SpeedLimit(config.full_scan_bytes_per_s),
+            scan_slots=asyncio.Semaphore(config.backups_max),
+        )
+        self.proxies = Proxies(
+            env,
+            me,
+            config.proxy_addresses(),
+            interval_s=config.proxy_check_interval_s,
+            probe_s=config.probe_interval_s,
+            timeout_s=config.proxy_check_timeout_s,
+            on_return=self._proxy_returned,
+        )
+        self.lag = Lag(self.shared, lambda: list(self.volumes.values()))
+        self.server = Server(env, me, self._handlers(), connections_max=config.connections_max)
+        self._worker = Worker(self.proxies)
+        self._background: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+
+    # life
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Recover the volumes, listen, and begin the background work as one task of `tasks`.
+
+        Raises Busy when another daemon uses the directory, ConnectError when the port is taken.
+        """
+        base, fs = Path(self.config.base_dir), self._env.fs
+        lock = await self._env.pools.run(Pool.RECORD, _lock_base, fs, base)
+        try:
+            for name in await self._env.pools.run(Pool.RECORD, _volume_names, fs, base):
+                volume = Volume(name, self.shared)
+                if await volume.load():
+                    self.volumes[name] = volume
+            tls = tls_context(self.config, server=True)
+            await self.server.listen(tasks, [Address(self.config.listen, self.config.port)], tls)
+        except BaseException:
+            lock.close()
+            raise
+        self._background = tasks.create_task(self._run(lock), name="storage")
+        await self._ready.wait()
+        log.info(
+            "daemon.listening",
+            address=str(self.server.addresses[0]),
+            node=self.config.name,
+            volumes=len(self.volumes),
+        )
+
+    async def _run(self, lock: File) -> None:
+        """Run everything that goes on in the background, until cancelled."""
+        with lock:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    self.shared.tasks = tasks
+                    tasks.create_task(self.scheduler.run(), name="scheduler")
+                    tasks.create_task(self.proxies.run(), name="proxies")
+                    tasks.create_task(self.lag.run(), name="lag")
+                    tasks.create_task(self._sweep(), name="sweep")
+                    for volume in self.volumes.values():
+                        volume.resume()
+                    self._ready.set()
+            finally:
+                self.shared.tasks = None
+
+    async def stop(self, mode: ShutdownMode) -> None:
+        """End in an orderly way. Graceful: jobs and transfers that run end first; nothing new begins."""
+        if mode is ShutdownMode.GRACEFUL:
+            await self.server.stop(force=False)
+            self.scheduler.drain()
+            await self.jobs.idle()
+            await self.scheduler.idle()
+        if self._background is not None:
+            self._background.cancel()
+            await asyncio.wait({self._background})
+        try:
+            async with asyncio.timeout(_FORCE_WAIT_S):
+                await self.server.stop(force=True)
+        except TimeoutError:
+            log.warning("daemon.conversations_dropped")
+
+    def _proxy_returned(self) -> None:
+        self.scheduler.hurry_waiting()
+
+    async def _sweep(self) -> None:
+        """Look at every active volume now and then, should a device have failed to tell of new log."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            for volume in self.volumes.values():
+                volume.wake()
+
+    async def _work(self, name: str) -> Again | None:
+        volume = self.volumes.get(name)
+        return await self._worker.work(volume) if volume is not None else None
+
+    def _open_device(self, path: str) -> Device:
+        return UserspaceDevice(self._env, Path(path), node=self.config.name, io_timeout_s=self.config.io_timeout_s)
+
+    # finding volumes
+
+    def _find(self, name: str) -> Volume:
+        """Return a volume; one that is not known is Clear, and every command but init-vol refuses that."""
+        return self.volumes.get(name) or Volume(volume_name(name), self.shared)
+
+    def _selected(self, name: str) -> list[Volume]:
+        """Return one volume, or all when the name is empty. Raises NotFound."""
+        if not name:
+            return [self.volumes[key] for key in sorted(self.volumes)]
+        if name not in self.volumes:
+            raise NotFound("no such volume here", hint="`get-volumes` lists them", volume=name)
+        return [self.volumes[name]]
+
+    # commands
+
+    def _handlers(self) -> dict[type[Request[Any]], Handler]:
+        return {
+            ClearVol: self._clear_vol,
+            FullBackup: self._full_backup,
+            GetActions: self._get_actions,
+            GetHandlerStat: self._get_handler_stat,
+            GetHostType: self._get_host_type,
+            GetIsOverflow: self._get_is_overflow,
+            GetJobs: self._get_jobs,
+            GetLatestSnap: self._get_latest_snap,
+            GetLogUsage: self._get_log_usage,
+            GetNumAction: self._get_num_action,
+            GetPid: self._get_pid,
+            GetState: self._get_state,
+            GetStatus: self._get_status,
+            GetTsDelta: self._get_ts_delta,
+            GetUuid: self._get_uuid,
+            GetVersion: self._get_version,
+            GetVolumes: self._get_volumes,
+            Kick: self._kick,
+            ResetVol: self._reset_vol,
+            Resize: self._resize,
+            SetFullScanBps: self._set_full_scan_bps,
+            ShutdownRequest: self._stop_daemon,
+            Start: self._start,
+            Stop: self._stop,
+            StorageInitVol: self._init_vol,
+            TakeSnapshot: self._snapshot,
+            WaitJob: self._wait_job,
+        }
+
+    async def _init_vol(self, _conn: Connection, request: StorageInitVol) -> Ok:
+        name = volume_name(request.volume)
+        volume = self.volumes.get(name)
+        if volume is None:
+            # Known from here on, so that a second init-vol of the same name meets this one.
+            volume = self.volumes[name] = Volume(name, self.shared)
+        try:
+            await volume.init(str(PurePosixPath(request.device)), self._check_unbound)
+        finally:
+            if not volume.known and volume.machine.during is None:
+                self.volumes.pop(name, None)
+        return Ok()
+
+    async def _check_unbound(self, volume: Volume, path: str, info: DeviceInfo) -> None:
+        """Raise AlreadyExists when a device belongs to another volume, under this or another path."""
+        others = [other for other in self.volumes.values() if other is not volume and other.device_path]
+        for other in others:
+            same = other.device_path == path
+            if not same:
+                try:
+                    same = (await self.shared.open_device(other.device_path).info()).uuid == info.uuid
+                except WalbError:
+                    same = other.has_record and other.record.uuid == info.uuid
+            if same:
+                raise AlreadyExists(
+                    "the device belongs to another volume",
+                    hint="clear that volume first",
+                    device=path,
+                    volume=other.name,
+                    bound_as=other.device_path,
+                )
+
+    async def _clear_vol(self, _conn: Connection, request: ClearVol) -> Ok:
+        volume = self._find(request.volume)
+        await volume.clear()
+        self.volumes.pop(volume.name, None)
+        return Ok()
+
+    async def _reset_vol(self, _conn: Connection, request: ResetVol) -> Ok:
+        await self._find(request.volume).reset(request.gid)
+        return Ok()
+
+    async def _start(self, _conn: Connection, request: Start) -> Ok:
+        volume = self._find(request.volume)
+        if request.role is None:
+            raise UsageError("a storage needs to know the role", hint="start as target or standby")
+        if request.role is Role.TARGET:
+            await volume.start_target()
+        else:
+            await volume.start_standby()
+        return Ok()
+
+    async def _stop(self, _conn: Connection, request: Stop) -> JobAccepted:
+        job = self._find(request.volume).stop(StopMode(request.how))
+        return JobAccepted(job=job.number)
+
+    async def _full_backup(self, _conn: Connection, request: FullBackup) -> JobAccepted:
+        job = await begin_full_backup(self._find(request.volume), request.bulk_b)
+        return JobAccepted(job=job.number)
+
+    async def _snapshot(self, _conn: Connection, request: TakeSnapshot) -> GidValue:
+        return GidValue(gid=await self._find(request.volume).snapshot())
+
+    async def _resize(self, _conn: Connection, request: Resize) -> Ok:
+        if request.zero:
+            raise UsageError("zeroing what is new is for archives", hint="leave it out")
+        await self._find(request.volume).resize(request.size_b)
+        return Ok()
+
+    async def _kick(self, _conn: Connection, request: Kick) -> Kicked:
+        """Hurry everything, or one volume's task."""
+        if request.archive:
+            raise UsageError("a storage kicks volumes, not archives", hint="leave the archive out")
+        selected = {volume.name for volume in self._selected(request.volume)}
+        await self.proxies.check_now()
+        return Kicked(tasks=self.scheduler.hurry_waiting(lambda name: name in selected))
+
+    async def _set_full_scan_bps(self, _conn: Connection, request: SetFullScanBps) -> Ok:
+        self.shared.scan_limit.bytes_per_s = request.bytes_per_s
+        log.info("scan_limit.set", bytes_per_s=request.bytes_per_s)
+        return Ok()
+
+    async def _stop_daemon(self, _conn: Connection, request: ShutdownRequest) -> Ok:
+        self._shutdown.request(ShutdownMode(request.how))
+        return Ok()
+
+    # queries
+
+    async def _get_state(self, _conn: Connection, request: GetState) -> TextValue:
+        return TextValue(value=self._find(request.volume).machine.shown)
+
+    async def _get_host_type(self, _conn: Connection, _request: GetHostType) -> HostType:
+        return HostType(kind=Kind.STORAGE)
+
+    async def _get_version(self, _conn: Connection, _request: GetVersion) -> VersionInfo:
+        return queries.version()
+
+    async def _get_volumes(self, _conn: Connection, _request: GetVolumes) -> Names:
+        return Names(names=sorted(name for name, volume in self.volumes.items() if volume.known))
+
+    async def _get_pid(self, _conn: Connection, _request: GetPid) -> IntValue:
+        return IntValue(value=os.getpid())
+
+    async def _get_is_overflow(self, _conn: Connection, request: GetIsOverflow) -> BoolValue:
+        return BoolValue(value=await queries.is_overflow(self._find(request.volume)))
+
+    async def _get_uuid(self, _conn: Connection, request: GetUuid) -> UuidValue:
+        volume = self._find(request.volume)
+        volume.check(Command.GET_UUID)
+        return UuidValue(value=volume.record.uuid)
+
+    async def _get_log_usage(self, _conn: Connection, request: GetLogUsage) -> LogUsages:
+        if request.volume:
+            return LogUsages(rows=[await queries.log_usage(self._find(request.volume))])
+        return LogUsages(rows=await queries.of_all(self._selected(""), queries.log_usage))
+
+    async def _get_latest_snap(self, _conn: Connection, request: GetLatestSnap) -> Latest:
+        if request.volume:
+            return Latest(rows=[await queries.latest_snapshot(self._find(request.volume))])
+        return Latest(rows=await queries.of_all(self._selected(""), queries.latest_snapshot))
+
+    async def _get_ts_delta(self, _conn: Connection, _request: GetTsDelta) -> TsDeltas:
+        return TsDeltas(rows=list(self.lag.rows))
+
+    async def _get_num_action(self, _conn: Connection, request: GetNumAction) -> IntValue:
+        return IntValue(value=queries.num_action(self._find(request.volume), request.action))
+
+    async def _get_actions(self, _conn: Connection, _request: GetActions) -> Actions:
+        return queries.actions(self._selected(""))
+
+    async def _get_handler_stat(self, _conn: Connection, _request: GetHandlerStat) -> RequestStats:
+        rows = [
+            (tag, node, stat.count, stat.elapsed_s / stat.count)
+            for (tag, node), stat in sorted(self.server.stats.items())
+        ]
+        return RequestStats(rows=rows)
+
+    async def _get_jobs(self, _conn: Connection, request: GetJobs) -> JobList:
+        return JobList(jobs=[job.info() for job in self.jobs.of(request.volume)])
+
+    async def _wait_job(self, _conn: Connection, request: WaitJob) -> JobInfo:
+        return await self.jobs.wait(request.job, request.wait_s)
+
+    async def _get_status(self, _conn: Connection, request: GetStatus) -> StatusReply:
+        everything = self._selected("")
+        selected = self._selected(request.volume)
+        return await queries.status(self.shared, self.proxies, selected, everything)
+
+
+def _lock_base(fs: FileSystem, base: Path) -> File:
+    """Make the base directory if it is missing, and hold it for this process."""
+    if not fs.is_dir(base):
+        fs.make_dir(base)
+    path = base / LOCK_NAME
+    try:
+        fs.open(path, create=True).close()
+    except AlreadyExists:
+        pass
+    return fs.open(path, write=True, lock=True)
+
+
+def _volume_names(fs: FileSystem, base: Path) -> list[str]:
+    """Return the names of the directories that can be volumes."""
+    found = []
+    for name in fs.list_names(base):
+        try:
+            volume_name(name)
+        except UsageError:
+            continue
+        if fs.is_dir(base / name):
+            found.append(name)
+    return found
