@@ -1,0 +1,128 @@
+"""Apply: diffs become part of the base image, and the snapshots before it vanish (docs/archive.md, "Apply").
+
+In rounds of a limited number of files, each of which is
+
+    1. read and verified: damage is found while the base is still good for everything before it
+    2. record: the base is on its way from B to E
+    3. blocks written, image synced
+    4. record: the base is E
+    5. diffs up to E removed
+
+Between 2 and 4 the base means nothing without the diffs of that round, and they are all still there: whoever
+restores then lays them over the copy, and the next apply, whatever its target, does the round again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+from walbd.archive.diffs import opened, remove_diffs
+from walbd.archive.states import APPLY
+from walbd.archive.volume import Volume
+from walbd.daemon.env import Pool
+from walbd.daemon.jobs import Job
+from walbd.daemon.logs import error_fields
+from walbd.errors import WalbError
+from walbd.format.meta import Diff, NotReachable
+from walbd.format.wdiff_merge import verify
+from walbd.fs import failpoints
+from walbd.fs.disk import disk_errors
+from walbd.fs.wdiff_apply import apply
+from walbd.protocol.base import Fact
+from walbd.units import LB
+
+log = structlog.get_logger()
+
+FP_BEFORE_BEGIN: Final = failpoints.register("archive.apply.before_begin", "nothing has been done")
+FP_AFTER_BEGIN: Final = failpoints.register(
+    "archive.apply.after_begin", "the base is in progress by its record, no block is written"
+)
+FP_MID_WRITE: Final = failpoints.register(
+    "archive.apply.mid_write", "the base is in progress, some blocks are written, perhaps not durably"
+)
+FP_BEFORE_DONE: Final = failpoints.register(
+    "archive.apply.before_done", "every block is durable, the record still says in progress"
+)
+FP_BEFORE_ERASE: Final = failpoints.register(
+    "archive.apply.before_erase", "the base is done; diffs that it holds are still there"
+)
+
+
+def plan_apply(volume: Volume, gid: int) -> list[Diff]:
+    """Return the next round on the way to `gid`; raises NotReachable when there is nothing to do at all."""
+    diffs = volume.diffs.to_apply(volume.base, gid, n_max=volume.place.config.open_files_max)
+    if not diffs:
+        raise NotReachable(
+            "nothing can be applied up to this generation",
+            hint="choose one of the restorable generations above the base",
+            gid=gid,
+            base=str(volume.base),
+        )
+    return diffs
+
+
+async def run_apply(volume: Volume, gid: int, job: Job) -> dict[str, Fact]:
+    """The job: apply up to `gid`; the caller holds the action. An interrupted apply is finished first."""
+    count = 0
+    while diffs := volume.diffs.to_apply(volume.base, gid, n_max=volume.place.config.open_files_max):
+        await _round(volume, diffs, job)
+        count += len(diffs)
+    return {"base": str(volume.base), "diffs": count}
+
+
+async def _round(volume: Volume, diffs: Sequence[Diff], job: Job) -> None:
+    pools, clock = volume.place.env.pools, volume.place.env.clock
+    volume.check_force()
+    job.begin("verifying", len(diffs), "wdiffs")
+    await pools.run(Pool.MAINTAIN, _verify, volume, diffs, job)
+    done = volume.base.end_applying(diffs)
+    began = volume.record.began | {APPLY: clock.now()}
+    await volume.save(base=volume.base.begin_applying(diffs), began=began)
+    job.begin("writing", volume.size_lb * LB)
+    await pools.run(Pool.MAINTAIN, _write, volume, diffs, job)
+    await volume.save(base=done)
+    erased = volume.drop_before(done.begin.gid_b)
+    try:
+        await pools.run(Pool.MAINTAIN, _erase, volume, erased)
+    except WalbError as exc:  # the base is done all the same; gc-diff, or the next start, removes them
+        log.warning("diffs.not_removed", volume=volume.name, diffs=len(erased), **error_fields(exc))
+
+
+# in threads
+
+
+def _verify(volume: Volume, diffs: Sequence[Diff], job: Job) -> None:
+    """Read all of the diffs once, so that damage is met before the base is touched."""
+    with opened(volume.place.env.fs, volume.directory, diffs) as readers:
+        for i, reader in enumerate(readers):
+            verify(reader, decode=False, size_lb=volume.size_lb, check=volume.check_force)
+            job.progress(i + 1)
+    with disk_errors(volume.directory, "apply"):
+        failpoints.hit(FP_BEFORE_BEGIN)
+
+
+def _write(volume: Volume, diffs: Sequence[Diff], job: Job) -> None:
+    place = volume.place
+
+    def progress(done_lb: int) -> None:
+        job.progress(done_lb * LB)
+        failpoints.hit(FP_MID_WRITE)
+
+    with disk_errors(volume.directory, "apply"):
+        failpoints.hit(FP_AFTER_BEGIN)
+        with (
+            opened(place.env.fs, volume.directory, diffs) as readers,
+            place.images.open_base(volume.name, write=True) as image,
+        ):
+            apply(readers, image, size_lb=volume.size_lb, check=volume.check_force, progress=progress)
+            image.sync()
+        failpoints.hit(FP_BEFORE_DONE)
+
+
+def _erase(volume: Volume, diffs: Sequence[Diff]) -> None:
+    with disk_errors(volume.directory, "remove applied diffs"):
+        failpoints.hit(FP_BEFORE_ERASE)
+    remove_diffs(volume.place.env.fs, volume.directory, diffs)

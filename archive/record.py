@@ -1,0 +1,25 @@
+"""The durable record of a volume at an archive: what `volume.json` holds (docs/archive.md, "Files").
+
+One replacement of this file is one step of the volume: a finished full backup changes state, base, uuids and size
+at once. Everything that files tell by themselves (which wdiffs and restored images there are) is not in it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from walbd.archive.states import State
+from walbd.format.meta import NO_BASE, BaseState
+from walbd.ids import NIL_UUID
+
+
+class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What must survive a restart and no other file says."""
+
+    state: State  # a steady one: SyncReady, Archived or Stopped
+    size_lb: int = 0  # of the base image, once there is one to use
+    base: BaseState = NO_BASE  # what the base image is
+    uuid: str = NIL_UUID.hex()  # of the log history that feeds the volume
+    archive_uuid: str = NIL_UUID.hex()  # of the lineage of images: equal at replicas
+    colds: dict[str, int] = {}  # time of each cold image [unix s] by its gid
+    began: dict[str, int] = {}  # when an action last began [unix s], by name

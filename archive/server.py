@@ -1,0 +1,337 @@
+"""The archive daemon: the volumes of one base directory, and the requests about them (docs/archive.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+import walbd
+from walbd.archive import lifecycle
+from walbd.archive.apply import plan_apply, run_apply
+from walbd.archive.config import ArchiveConfig
+from walbd.archive.full_backup import receive_full_backup
+from walbd.archive.gc_diff import gc_diffs
+from walbd.archive.images.file_store import FileStore
+from walbd.archive.images.store import ImageStore
+from walbd.archive.queries import Queries, known
+from walbd.archive.receive import receive_wdiff
+from walbd.archive.recover import is_leftover, load_volume
+from walbd.archive.restore import check_restore, run_restore
+from walbd.archive.slots import Slots
+from walbd.archive.states import APPLY, RESTORE, Command
+from walbd.archive.status import volume_status
+from walbd.archive.volume import Place, Volume
+from walbd.daemon.conn import Connection
+from walbd.daemon.env import Env, Pool
+from walbd.daemon.jobs import Job, Jobs
+from walbd.daemon.logs import error_fields
+from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
+from walbd.daemon.net import Address
+from walbd.daemon.server import Handler, Server
+from walbd.daemon.states import StopMode
+from walbd.daemon.tasks import uninterrupted
+from walbd.errors import Busy, DiskFailed, NotFound, UsageError, WalbError
+from walbd.fs import File, FileSystem
+from walbd.ids import volume_name
+from walbd.protocol import control as c
+from walbd.protocol.base import (
+    VERSION_MAX,
+    VERSION_MIN,
+    Fact,
+    GetJobs,
+    JobAccepted,
+    JobInfo,
+    JobList,
+    Kind,
+    Ok,
+    WaitJob,
+)
+from walbd.protocol.codec import Request
+from walbd.protocol.transfer import BackupDone, FullBackupOffer, WdiffOffer, WdiffVerdict
+
+log = structlog.get_logger()
+
+LOCK_NAME: Final = "archive.lock"  # no volume name has a dot
+LOG_FORMAT: Final = 1  # of the wlogs that this version understands
+
+Work = Callable[[Job], Awaitable[dict[str, Fact] | None]]
+
+
+class ArchiveServer:
+    """One archive daemon, from `start` to `stop` (walbd.daemon.main.Daemon)."""
+
+    def __init__(
+        self, config: ArchiveConfig, env: Env, shutdown: Shutdown, *, images: ImageStore | None = None
+    ) -> None:
+        self.volumes: dict[str, Volume] = {}
+        self.jobs = Jobs(env.clock)
+        self._config = config
+        self._env = env
+        self._shutdown = shutdown
+        self._base_dir = Path(config.base_dir)
+        self._forced = False
+        if images is None:
+            images = FileStore(env.fs, self._base_dir, free_reserve_b=config.free_reserve_b)
+        self.place = Place(env, config, images, lambda: self._forced)
+        self._wdiffs = Slots(config.wdiffs_max)
+        self._backups = Slots(config.backups_max)
+        self._maintenance = Slots(config.maintain_max)
+        self._server = Server(
+            env, identity(config, Kind.ARCHIVE), self._handlers(), connections_max=config.connections_max
+        )
+        self._lock: File | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it listens."""
+        return self._server.addresses
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Load all volumes, repair what a crash left, and listen. Raises NotFound, Busy or ConnectError."""
+        self._tasks = tasks
+        pools = self._env.pools
+        self._lock = await pools.run(Pool.RECORD, _lock_base_dir, self._env.fs, self._base_dir)
+        try:
+            names = await pools.run(Pool.RECORD, lifecycle.remove_garbage, self._env.fs, self._base_dir, _is_name)
+            await asyncio.gather(*(self._load(name) for name in names))
+            await self._server.listen(
+                tasks, [Address(self._config.listen, self._config.port)], tls_context(self._config, server=True)
+            )
+        except BaseException:
+            self._lock.close()
+            raise
+        for address in self.addresses:
+            log.info("daemon.listening", address=str(address), volumes=len(self.volumes))
+
+    async def stop(self, mode: ShutdownMode) -> None:
+        """Take no new work; return when the running work has ended, or has given up."""
+        if mode is ShutdownMode.FORCE:
+            self._forced = True
+            for volume in self.volumes.values():
+                volume.machine.changed.set()
+        await self._server.stop(force=self._forced)
+        await self.jobs.idle()
+        if self._lock is not None:
+            self._lock.close()
+
+    async def _load(self, name: str) -> None:
+        """Load one volume; a broken one is isolated."""
+        pools, fs = self._env.pools, self._env.fs
+        volume = Volume(name, self.place)
+        try:
+            if await pools.run(Pool.RECORD, is_leftover, fs, volume.directory):
+                await pools.run(Pool.RECORD, fs.remove_tree, volume.directory)
+                log.info("volume.leftover_removed", volume=name)
+                return
+            volume.adopt(await pools.run(Pool.RECORD, load_volume, fs, self.place.images, volume.directory))
+        except WalbError as exc:
+            volume.set_broken(exc)
+            log.error("volume.broken", volume=name, **error_fields(exc))
+        self.volumes[name] = volume
+        for remark in volume.remarks:
+            log.warning("volume.remark", volume=name, remark=remark)
+
+    # --- jobs
+
+    def _start_job(self, name: str, volume: Volume, action: str, work: Work) -> JobAccepted:
+        """Begin long work under an action, which excludes others from now on, even while the work waits."""
+        stack = ExitStack()
+        stack.enter_context(volume.machine.action(action, self._env.clock.now()))
+
+        async def run(job: Job) -> dict[str, Fact] | None:
+            with self._maintenance.turn() as turn:
+                job.begin("waiting")
+                async with volume.giving_up():
+                    await turn.comes()
+                return await work(job)
+
+        return self._accept(name, volume, stack, run)
+
+    def _accept(self, name: str, volume: Volume, held: ExitStack, work: Work) -> JobAccepted:
+        """Start a job that lets go of `held` at its end."""
+        assert self._tasks is not None
+
+        async def run(job: Job) -> dict[str, Fact] | None:
+            with held:
+                return await work(job)
+
+        return JobAccepted(job=self.jobs.start(self._tasks, name, volume.name, run).number)
+
+    # --- requests
+
+    def _handlers(self) -> dict[type[Request[Any]], Handler]:
+        return {
+            **Queries(self.volumes, self.place).handlers(),
+            c.GetVersion: self._version,
+            c.GetHostType: self._host_type,
+            c.GetPid: self._pid,
+            c.GetHandlerStat: self._handler_stat,
+            c.GetStatus: self._status,
+            c.Shutdown: self._shut_down,
+            c.ArchiveInitVol: self._init_vol,
+            c.ClearVol: self._clear_vol,
+            c.ResetVol: self._reset_vol,
+            c.Start: self._start,
+            c.Stop: self._stop,
+            c.Restore: self._restore,
+            c.DelRestored: self._del_restored,
+            c.Apply: self._apply,
+            c.GcDiff: self._gc_diff,
+            GetJobs: self._get_jobs,
+            WaitJob: self._wait_job,
+            FullBackupOffer: self._full_backup,
+            WdiffOffer: self._wdiff,
+        }
+
+    async def _init_vol(self, _conn: Connection, request: c.ArchiveInitVol) -> Ok:
+        await uninterrupted(lifecycle.init_vol(self.volumes, request.volume, self.place))
+        return Ok()
+
+    async def _clear_vol(self, _conn: Connection, request: c.ClearVol) -> Ok:
+        volume = known(self.volumes, request.volume, Command.CLEAR_VOL)
+        await uninterrupted(lifecycle.clear_vol(self.volumes, volume))
+        return Ok()
+
+    async def _reset_vol(self, _conn: Connection, request: c.ResetVol) -> Ok:
+        if request.gid:
+            raise UsageError("reset-vol takes no generation at an archive", hint="leave it out", gid=request.gid)
+        await uninterrupted(lifecycle.reset_vol(known(self.volumes, request.volume, Command.RESET_VOL)))
+        return Ok()
+
+    async def _start(self, _conn: Connection, request: c.Start) -> Ok:
+        if request.role is not None:
+            raise UsageError("start takes no role at an archive", hint="leave it out", role=str(request.role))
+        await uninterrupted(lifecycle.start(known(self.volumes, request.volume, Command.START)))
+        return Ok()
+
+    async def _stop(self, _conn: Connection, request: c.Stop) -> JobAccepted:
+        if request.how is c.StopHow.EMPTY:
+            raise UsageError("only proxies stop empty", hint="use graceful or force", how=str(request.how))
+        volume = known(self.volumes, request.volume, Command.STOP)
+        stack = ExitStack()
+        stack.enter_context(volume.machine.stop_flag(StopMode(str(request.how))))
+        return self._accept("stop", volume, stack, lambda job: lifecycle.stop(volume, job))
+
+    async def _restore(self, _conn: Connection, request: c.Restore) -> JobAccepted:
+        volume = known(self.volumes, request.volume, Command.RESTORE)
+        check_restore(volume, request.gid)
+        return self._start_job("restore", volume, RESTORE, lambda job: run_restore(volume, request.gid, job))
+
+    async def _del_restored(self, _conn: Connection, request: c.DelRestored) -> Ok:
+        volume = known(self.volumes, request.volume, Command.DEL_RESTORED)
+        if request.gid not in volume.restored:
+            raise NotFound("this generation is not restored", gid=request.gid)
+        await self._env.pools.run(Pool.RECORD, self.place.images.remove_restored, request.volume, request.gid)
+        volume.restored.discard(request.gid)
+        return Ok()
+
+    async def _apply(self, _conn: Connection, request: c.Apply) -> JobAccepted:
+        volume = known(self.volumes, request.volume, Command.APPLY)
+        plan_apply(volume, request.gid)
+        return self._start_job("apply", volume, APPLY, lambda job: run_apply(volume, request.gid, job))
+
+    async def _gc_diff(self, _conn: Connection, request: c.GcDiff) -> c.Kicked:
+        volume = known(self.volumes, request.volume, Command.GC_DIFF)
+        return c.Kicked(tasks=await gc_diffs(volume))
+
+    async def _full_backup(self, conn: Connection, request: FullBackupOffer) -> BackupDone:
+        volume = known(self.volumes, request.volume, Command.FULL_BACKUP)
+        return await receive_full_backup(volume, self._backups, conn, request)
+
+    async def _wdiff(self, conn: Connection, request: WdiffOffer) -> WdiffVerdict | Ok:
+        return await receive_wdiff(self.volumes, self.place, self._wdiffs, conn, request)
+
+    async def _get_jobs(self, _conn: Connection, request: GetJobs) -> JobList:
+        return JobList(jobs=[job.info() for job in self.jobs.of(request.volume)])
+
+    async def _wait_job(self, _conn: Connection, request: WaitJob) -> JobInfo:
+        return await self.jobs.wait(request.job, min(request.wait_s, self._config.io_timeout_s / 2))
+
+    async def _version(self, _conn: Connection, _request: c.GetVersion) -> c.VersionInfo:
+        return c.VersionInfo(
+            version=walbd.__version__,
+            protocol_min=VERSION_MIN,
+            protocol_max=VERSION_MAX,
+            log_format=LOG_FORMAT,
+            python=platform.python_version(),
+        )
+
+    async def _host_type(self, _conn: Connection, _request: c.GetHostType) -> c.HostType:
+        return c.HostType(kind=Kind.ARCHIVE)
+
+    async def _pid(self, _conn: Connection, _request: c.GetPid) -> c.IntValue:
+        return c.IntValue(value=os.getpid())
+
+    async def _handler_stat(self, _conn: Connection, _request: c.GetHandlerStat) -> c.RequestStats:
+        rows = [
+            (tag, client, stat.count, stat.elapsed_s / stat.count)
+            for (tag, client), stat in sorted(self._server.stats.items())
+        ]
+        return c.RequestStats(rows=rows)
+
+    async def _status(self, _conn: Connection, request: c.GetStatus) -> c.StatusReply:
+        facts = await self._server_facts()
+        names = [request.volume] if request.volume else sorted(self.volumes)
+        return c.StatusReply(
+            node=self._config.name,
+            kind=Kind.ARCHIVE,
+            version=walbd.__version__,
+            pid=os.getpid(),
+            now=self._env.clock.now(),
+            server=facts,
+            volumes=[volume_status(name, self.volumes.get(name)) for name in names],
+        )
+
+    async def _server_facts(self) -> dict[str, Fact]:
+        try:
+            free_b = await self._env.pools.run(Pool.QUERY, self._env.fs.free_b, self._base_dir)
+        except DiskFailed:
+            free_b = 0
+        return {
+            "base_dir": self._config.base_dir,
+            "free_b": free_b,
+            "free_reserve_b": self._config.free_reserve_b,
+            "auto_resize": self._config.auto_resize,
+            "wdiffs_receiving": self._wdiffs.running,
+            "wdiffs_waiting": self._wdiffs.waiting,
+            "backups_receiving": self._backups.running,
+            "maintenance_running": self._maintenance.running,
+            "maintenance_waiting": self._maintenance.waiting,
+        }
+
+    async def _shut_down(self, conn: Connection, request: c.Shutdown) -> None:
+        await conn.send(Ok())
+        self._shutdown.request(ShutdownMode(str(request.how)))
+
+
+def _is_name(name: str) -> bool:
+    try:
+        volume_name(name)
+    except UsageError:
+        return False
+    return True
+
+
+def _lock_base_dir(fs: FileSystem, base_dir: Path) -> File:
+    """Keep a second archive out of the directory; raises NotFound or Busy."""
+    if not fs.is_dir(base_dir):
+        raise NotFound(
+            "the base directory does not exist",
+            hint="mount its disk, or create the directory",
+            path=str(base_dir),
+        )
+    path = base_dir / LOCK_NAME
+    try:
+        if fs.exists(path):
+            return fs.open(path, write=True, lock=True)
+        return fs.open(path, create=True, lock=True)
+    except Busy as exc:
+        raise Busy("another archive uses this directory", hint="stop it first", path=str(base_dir)) from exc

@@ -1,0 +1,257 @@
+"""One volume at an archive: the owner of everything that is known of it.
+
+All of it lives on the event loop; methods that are not async are one step of it. There is one lock per volume,
+inside `save`, held while the record is replaced and never while waiting for a peer. Long work holds a step or an
+action of the machine instead (archive/states.py), and that keeps out what must not run beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from walbd.archive.config import ArchiveConfig
+from walbd.archive.images.store import ImageStore
+from walbd.archive.record import VolumeRecord
+from walbd.archive.recover import Loaded
+from walbd.archive.states import ADDING, TABLE, Command, State
+from walbd.daemon.env import Env, Pool
+from walbd.daemon.record import RECORD_NAME, save_record
+from walbd.daemon.states import ActionInfo, Machine, Step, StopMode
+from walbd.daemon.tasks import uninterrupted
+from walbd.errors import BadState, DiskFull, ForceStopped, WalbError
+from walbd.format.meta import BaseState, Diff, DiffManager, RestorePoint, apply
+from walbd.fs import FileSystem, failpoints
+from walbd.fs.disk import disk_errors
+
+FP_BEFORE_SAVE: Final = failpoints.register(
+    "archive.record.before_save", "the old record; what the new one would have named is an orphan"
+)
+FP_AFTER_SAVE: Final = failpoints.register(
+    "archive.record.after_save", "the new record; nobody has been told, and what it makes useless is still there"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all volumes of one archive share."""
+
+    env: Env
+    config: ArchiveConfig
+    images: ImageStore
+    is_forced: Callable[[], bool] = lambda: False  # the daemon is being ended by force
+
+    @property
+    def base_dir(self) -> Path:
+        return Path(self.config.base_dir)
+
+
+class Volume:
+    """One volume; `record`, `diffs`, `latest` and `restored` always tell what is durable."""
+
+    def __init__(self, name: str, place: Place) -> None:
+        self.name = name
+        self.place = place
+        self.directory = place.base_dir / name
+        self.machine: Machine[State, Command] = Machine(TABLE, State.CLEAR)
+        self.record = VolumeRecord(state=State.SYNC_READY)
+        self.diffs = DiffManager()
+        self.latest = self.record.base  # the newest state that can be reached: always diffs.latest(base)
+        self.restored: set[int] = set()
+        self.remarks: list[str] = []  # for the operator
+        self.error: WalbError | None = None  # why it is Broken
+        self.progress_lb = 0  # of a copy that is being received
+        self.received = 0  # when data came last [unix s]
+        self._lock = asyncio.Lock()
+        self._unsure = False  # a save failed: the disk may hold either record
+        self._points: dict[bool, list[RestorePoint]] = {}
+
+    # --- what it is
+
+    @property
+    def base(self) -> BaseState:
+        """What the base image is."""
+        return self.record.base
+
+    @property
+    def size_lb(self) -> int:
+        """Size of the base image [logical block]; 0 when there is none to use."""
+        return self.record.size_lb
+
+    @property
+    def is_active(self) -> bool:
+        """Archived, also while data is being added."""
+        during = self.machine.during
+        return self.machine.state is State.ARCHIVED and (during is None or during in ADDING)
+
+    @property
+    def is_holding(self) -> bool:
+        """Active or Stopped: there is data."""
+        return self.is_active or (self.machine.state is State.STOPPED and self.machine.during is None)
+
+    def check(self, command: Command) -> None:
+        """Raise BadState, Stopping or Busy unless `command` is allowed now."""
+        if self.error is not None and command is not Command.CLEAR_VOL:
+            raise BadState(
+                f"the volume is broken: {self.error.message}",
+                hint=self.error.hint or "repair its files and restart the archive, or clear it",
+                volume=self.name,
+                state=str(State.BROKEN),
+                **{key: value for key, value in self.error.facts.items() if key not in ("volume", "state")},
+            )
+        self.machine.check(command)
+
+    def enter(self, command: Command) -> Step:
+        """Begin a step; end it with `machine.leave`. Raises as `check` does."""
+        self.check(command)
+        return self.machine.enter(command)
+
+    def restorable(self, *, all_points: bool = False) -> list[RestorePoint]:
+        """Return what can be restored, ascending by gid."""
+        if not self.is_holding:
+            return []
+        points = self._points.get(all_points)
+        if points is None:
+            points = self._points[all_points] = self.diffs.restorable(self.base, all_points=all_points)
+        return points
+
+    # --- loading
+
+    def adopt(self, loaded: Loaded) -> None:
+        """Take over what `load_volume` found."""
+        self.record = loaded.record
+        self.machine.state = loaded.record.state
+        self.diffs = loaded.diffs
+        self.restored = loaded.restored
+        self.remarks = loaded.remarks
+        self.latest = self.diffs.latest(self.base)
+        for name, began in loaded.record.began.items():
+            if name in TABLE.actions:
+                self.machine.actions[name] = ActionInfo(0, began)
+
+    def set_broken(self, error: WalbError) -> None:
+        """Isolate the volume: it is shown with its error, and nothing but clear-vol is allowed."""
+        self.machine.state = State.BROKEN
+        self.error = error
+
+    # --- changing
+
+    async def save(self, **changes: Any) -> None:
+        """Replace fields of the record, durably and as one step; no cancellation comes in between.
+
+        Raises DiskFailed or DiskFull, and then the old record counts here, whatever the disk holds.
+        """
+        await uninterrupted(self._save(changes))
+
+    async def commit(self, step: Step, **changes: Any) -> None:
+        """End a step well: its target state, with other fields of the record, durable and then visible."""
+        await self.machine.commit_step(step, lambda to: self.save(state=to, **changes))
+
+    async def settle(self) -> None:
+        """Make sure that the disk holds this record, if an earlier save failed."""
+        if self._unsure:
+            await self.save()
+
+    async def _save(self, changes: dict[str, Any]) -> None:
+        async with self._lock:
+            record = msgspec.structs.replace(self.record, **changes)
+            path = self.directory / RECORD_NAME
+            env = self.place.env
+            try:
+                await env.pools.run(Pool.RECORD, _write_record, env.fs, path, record)
+            except WalbError:
+                self._unsure = True
+                raise
+            self.record = record
+            self._unsure = False
+            self._points.clear()
+
+    def add_diff(self, diff: Diff) -> None:
+        """Take a diff whose file is durable; it continues `latest`."""
+        after = apply(self.latest.begin, diff)
+        self.diffs.add(diff)
+        self.latest = BaseState(after, timestamp=diff.timestamp)
+        self._points.clear()
+
+    def drop_before(self, gid: int) -> list[Diff]:
+        """Forget the diffs that the base holds, up to `gid`; their files are to be removed afterwards."""
+        self._points.clear()
+        return self.diffs.erase_before(gid)
+
+    def drop_useless(self) -> list[Diff]:
+        """Forget the diffs that lead nowhere; their files are to be removed afterwards."""
+        self._points.clear()
+        return self.diffs.gc(self.base)
+
+    def reset_memory(self) -> None:
+        """Forget diffs and restored images: the volume begins anew from its record."""
+        self.diffs = DiffManager()
+        self.restored = set()
+        self.remarks = []
+        self.latest = self.base
+        self._points.clear()
+
+    # --- giving up
+
+    @property
+    def is_forced(self) -> bool:
+        """Running work has to give up: the volume, or the whole daemon, is stopped by force."""
+        return self.machine.stopping is StopMode.FORCE or self.place.is_forced()
+
+    def check_force(self) -> None:
+        """Raise ForceStopped when running work has to give up; safe to call from any thread."""
+        self.machine.check_force()
+        if self.place.is_forced():
+            raise ForceStopped("given up because the daemon is being ended")
+
+    @asynccontextmanager
+    async def giving_up(self) -> AsyncIterator[None]:
+        """End the body with ForceStopped as soon as running work has to give up, even in a wait for a peer."""
+        self.check_force()
+        task = asyncio.current_task()
+        assert task is not None
+        forced = False
+
+        async def watch() -> None:
+            nonlocal forced
+            await self.machine.changed.wait_for(lambda: self.is_forced)
+            forced = True
+            task.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            try:
+                yield
+            finally:
+                watcher.cancel()
+                await asyncio.wait({watcher})  # where a cancellation that came last arrives
+        except asyncio.CancelledError:
+            if forced and task.uncancel() == 0:
+                self.check_force()
+            raise
+
+
+def check_room(place: Place) -> None:
+    """Raise DiskFull when the free space is below the reserve. Blocks."""
+    free_b = place.env.fs.free_b(place.base_dir)
+    if free_b < place.config.free_reserve_b:
+        raise DiskFull(
+            "the archive is short of space",
+            hint="free space on its disk: apply old diffs, or delete restored images",
+            path=str(place.base_dir),
+            free_b=free_b,
+            reserve_b=place.config.free_reserve_b,
+        )
+
+
+def _write_record(fs: FileSystem, path: Path, record: VolumeRecord) -> None:
+    with disk_errors(path, "save the record"):
+        failpoints.hit(FP_BEFORE_SAVE)
+        save_record(fs, path, record)
+        failpoints.hit(FP_AFTER_SAVE)
