@@ -143,6 +143,12 @@ class WlogOverflow(Refused):
     code = "wlog-overflow"
 
 
+class NotSupported(Refused):
+    """The peer does not know this request: it is older or newer than we are, or of another kind."""
+
+    code = "not-supported"
+
+
 class HistoryBroken(Refused):
     """What we have does not continue what the other side has (foreign uuid, lost log): a resync is due."""
 

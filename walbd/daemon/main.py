@@ -19,7 +19,8 @@ from walbd.daemon.env import Env
 from walbd.daemon.logs import LogFormat, LogLevel, configure, error_fields
 from walbd.daemon.sd_notify import sd_notify
 from walbd.daemon.tasks import Signal
-from walbd.errors import ConfigError, WalbError
+from walbd.daemon.tls import mutual_tls
+from walbd.errors import WalbError
 from walbd.protocol.base import Kind
 
 log = structlog.get_logger()
@@ -160,12 +161,4 @@ def tls_context(config: DaemonConfig, *, server: bool) -> ssl.SSLContext | None:
     """Make the TLS 1.3 context with mutual authentication, or None when TLS is not configured."""
     if not config.tls_cert:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-        context.load_verify_locations(config.tls_ca)
-    except (OSError, ssl.SSLError) as exc:
-        raise ConfigError("cannot load the TLS files", reason=str(exc), tls_cert=config.tls_cert) from exc
-    return context
+    return mutual_tls(config.tls_cert, config.tls_key, config.tls_ca, server=server)

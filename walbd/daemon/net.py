@@ -7,6 +7,8 @@ large payload is received straight into the buffer that its frame hands out (doc
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -274,4 +276,8 @@ class SocketStream(asyncio.BufferedProtocol):
 def _reason(exc: BaseException | None) -> str:
     if exc is None:
         return "closed"
-    return exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc) or type(exc).__name__
+    if isinstance(exc, socket.gaierror):
+        return exc.strerror or str(exc)
+    if isinstance(exc, OSError) and not isinstance(exc, ssl.SSLError) and exc.errno:
+        return os.strerror(exc.errno)  # asyncio puts the address into the text, which is a fact already
+    return str(exc) or type(exc).__name__

@@ -1,0 +1,325 @@
+"""What all parts of the controller stand on: asking servers, and waiting for what they do.
+
+Waits end when their condition holds, with the error of the work they wait for, or with TimedOut. A server
+that does not answer for a while does not end them. Source: docs/controller.md, "Waiting".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, cast
+
+from walbd.controller.client import DEFAULT_TIMEOUT_S, Calls, Client, identity, local_error
+from walbd.controller.commands import run_command
+from walbd.controller.constants import K_ARCHIVE, K_PROXY, K_STORAGE, STEP_TIMEOUT_SEC
+from walbd.controller.progress import Progress, ShowProgress, ignore_progress
+from walbd.controller.servers import Server, ServerLayout, verify_server_kind
+from walbd.controller.verify import verify_timeout, verify_type, verify_volume
+from walbd.errors import (
+    BadState,
+    Busy,
+    ConnectError,
+    ForceStopped,
+    NotFound,
+    RemoteError,
+    TimedOut,
+    WalbError,
+)
+from walbd.protocol.base import JobInfo, JobState, WaitJob
+from walbd.protocol.codec import Message, Request
+from walbd.protocol.control import GetState
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Message)
+
+POLL_S: Final = 0.3
+_JOB_WAIT_S: Final = 1.0  # of one request that waits for a job: progress is seen this often
+_PASSING: Final = (ConnectError, TimedOut, Busy)  # errors that a wait survives
+
+
+class Base:
+    """Asking and waiting. See `Controller`."""
+
+    def __init__(
+        self,
+        controllerPath: str,
+        sLayout: ServerLayout,
+        isDebug: bool = False,
+        timeoutS: float = 0,
+        *,
+        calls: Calls | None = None,
+        group: str = "default",
+        tls: tuple[str, str, str] | None = None,
+        progress: ShowProgress = ignore_progress,
+    ) -> None:
+        verify_type(controllerPath, str)
+        verify_type(sLayout, ServerLayout)
+        verify_type(isDebug, bool)
+        verify_timeout(timeoutS)
+        self.sLayout = sLayout
+        self.isDebug = isDebug
+        self.timeoutS = timeoutS
+        self.progress = progress
+        self.calls: Calls = (
+            calls if calls is not None else Client(identity(group=group, timeoutS=timeoutS, tls=tls))
+        )
+        self._stops: dict[tuple[str, str], int] = {}  # (server, volume): the job of the last stop
+        self._restores: dict[tuple[str, str, int], int] = {}  # (server, volume, gid): the job of a restore
+
+    def set_server_layout(self, sLayout: ServerLayout) -> None:
+        """Use another layout from now on. It changes whom the controller asks, nothing at servers."""
+        verify_type(sLayout, ServerLayout)
+        self.sLayout = sLayout
+
+    def close(self) -> None:
+        """End the controller's thread."""
+        self.calls.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Asking
+
+    def run_ctl(
+        self, s: Server, cmdArgs: Sequence[str], putMsg: bool = False, timeoutS: float = 0, quietErr: bool = False
+    ) -> str:
+        """Run one command of `walbc -a HOST -p PORT` at a server and return its text.
+
+        With `putMsg` the command and its text are written to stderr; so is an error unless `quietErr`.
+        """
+        verify_server_kind(s, (K_STORAGE, K_PROXY, K_ARCHIVE))
+        verify_type(cmdArgs, (list, tuple), str)
+        verify_timeout(timeoutS)
+        if putMsg or self.isDebug:
+            self.say(f"{s.name}: {' '.join(cmdArgs)}")
+        try:
+            text = run_command(lambda to, request: self.ask(to, request, timeoutS), s, cmdArgs)
+        except WalbError as exc:
+            if putMsg and not quietErr:
+                self.say(f"{s.name}: {exc}")
+            raise
+        if putMsg and text:
+            self.say(text)
+        return text
+
+    def ask(self, s: Server, request: Request[R], timeoutS: float = 0) -> R:
+        """Make one request at a server."""
+        if self.isDebug:
+            self.say(f"{s.name} <- {request}")
+        return self.calls.call(s, request, timeoutS or self.timeoutS)
+
+    def ask_each(
+        self, sL: Iterable[Server], request: Request[R], timeoutS: float = 0
+    ) -> dict[Server, R | WalbError]:
+        """Make the same request at several servers at the same time; each gives its reply or its error."""
+        servers = list(sL)
+        if self.isDebug:
+            self.say(f"{', '.join(s.name for s in servers)} <- {request}")
+        replies = self.calls.call_each([(s, request) for s in servers], timeoutS or self.timeoutS)
+        return dict(zip(servers, cast("list[R | WalbError]", replies), strict=True))
+
+    def ask_all(self, sL: Iterable[Server], request: Request[R]) -> dict[Server, R]:
+        """Like `ask_each`, but raise when not all have answered: unreachable ones first, all in one error."""
+        replies = self.ask_each(sL, request)
+        check_all(replies)
+        return cast("dict[Server, R]", replies)
+
+    def get_state(self, s: Server, vol: str) -> str:
+        """Return the state of a volume at a server; `Clear` where it is not known."""
+        self._check(s, vol)
+        return self.ask(s, GetState(volume=vol)).value
+
+    # Waiting
+
+    def wait_until(
+        self,
+        what: str,
+        probe: Callable[[], T | None],
+        timeoutS: float,
+        *,
+        s: Server | None = None,
+        vol: str = "",
+    ) -> T:
+        """Call `probe` every 0.3 s until it returns something other than None, and return that.
+
+        Errors of connections are tolerated until the end of the time, every other error ends the wait. Raises
+        TimedOut.
+        """
+        began = self.calls.now()
+        last: WalbError | None = None
+        while True:
+            try:
+                value = probe()
+                last = None
+                if value is not None:
+                    return value
+            except _PASSING as exc:
+                last = exc
+            elapsed = self.calls.now() - began
+            if elapsed >= timeoutS:
+                raise self._timed_out(what, timeoutS, s, vol, last)
+            self.progress(
+                Progress(
+                    what="wait",
+                    volume=vol,
+                    server=s.name if s is not None else "",
+                    phase=what,
+                    unit="",
+                    elapsed_s=elapsed,
+                    note=str(last) if last is not None else "",
+                )
+            )
+            self.calls.sleep(min(POLL_S, timeoutS - elapsed))
+
+    def wait_for_state(
+        self,
+        s: Server,
+        vol: str,
+        during: Sequence[str],
+        goal: Sequence[str],
+        timeoutS: float = STEP_TIMEOUT_SEC,
+    ) -> str:
+        """Wait while the state is one of `during`; then it must be one of `goal`, which is returned.
+
+        Raises BadState at once when it is neither.
+        """
+
+        def look() -> str | None:
+            state = self.get_state(s, vol)
+            if state in goal:
+                return state
+            if state not in during:
+                raise BadState(
+                    "the volume did not come to the expected state",
+                    hint="the log of the daemon says why",
+                    server=s.name,
+                    volume=vol,
+                    state=state,
+                    expected=" or ".join(goal),
+                )
+            return None
+
+        return self.wait_until(f"state {' or '.join(goal)} at {s.name}", look, timeoutS, s=s, vol=vol)
+
+    def wait_for_job(
+        self, s: Server, job: int, timeoutS: float, *, vol: str = "", what: str = ""
+    ) -> JobInfo | None:
+        """Wait for the end of a job and return it; None when the server does not know it any more.
+
+        That is so after a restart of the daemon: then look at the effect. Raises the error of a job that failed,
+        ForceStopped for one that was given up, TimedOut.
+        """
+        began = self.calls.now()
+        seen: JobInfo | None = None
+        while True:
+            left = max(0.0, timeoutS - (self.calls.now() - began))
+            wait_s = min(_JOB_WAIT_S, left)
+            note = ""
+            try:
+                info = self.ask(s, WaitJob(job=job, wait_s=wait_s), wait_s + (self.timeoutS or DEFAULT_TIMEOUT_S))
+            except NotFound:
+                return None
+            except _PASSING as exc:
+                if left <= 0:
+                    raise self._timed_out(f"job {job}", timeoutS, s, vol, exc, job=job) from exc
+                note = str(exc)
+                self.calls.sleep(min(POLL_S, left))
+            else:
+                if (vol and info.volume != vol) or (seen is not None and seen.started != info.started):
+                    return None  # the daemon has restarted and counts anew: this is another job
+                seen = info
+            if seen is not None or note:
+                self.progress(self._progress_of(s, seen, job, what, vol, self.calls.now() - began, note))
+            if seen is not None and not note and seen.state is not JobState.RUNNING:
+                return self._ended(s, seen)
+            if left <= 0:
+                raise self._timed_out(f"job {job}", timeoutS, s, vol, None, job=job)
+
+    def say(self, text: str) -> None:
+        """Write a remark to stderr."""
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    def put(self, text: str) -> None:
+        """Write a result to stdout."""
+        sys.stdout.write(text + "\n")
+
+    # Inner parts
+
+    def _check(self, s: Server, vol: str, *kinds: int) -> None:
+        """Check the arguments that nearly every method has."""
+        verify_server_kind(s, kinds or (K_STORAGE, K_PROXY, K_ARCHIVE))
+        verify_volume(vol)
+
+    @staticmethod
+    def _ended(s: Server, job: JobInfo) -> JobInfo:
+        """Return a job that is done; raise the error of any other."""
+        if job.state is JobState.DONE:
+            return job
+        facts: dict[str, Any] = {"server": s.name, "volume": job.volume, "job": job.job, "name": job.name}
+        if job.state is JobState.CANCELLED:
+            raise ForceStopped("the work was given up, as the daemon ended", **facts)
+        error = RemoteError(job.error_code or "internal", job.error or "the job failed", hint=job.hint, **facts)
+        raise local_error(error, s.name)
+
+    @staticmethod
+    def _progress_of(
+        s: Server, job: JobInfo | None, number: int, what: str, vol: str, elapsed_s: float, note: str
+    ) -> Progress:
+        if job is None:
+            return Progress(
+                what=what or "job", volume=vol, server=s.name, job=number, elapsed_s=elapsed_s, note=note
+            )
+        return Progress(
+            what=what or job.name,
+            volume=job.volume,
+            server=s.name,
+            job=number,
+            phase=job.phase,
+            unit=job.unit,
+            done=job.done,
+            total=job.total,
+            elapsed_s=elapsed_s,
+            note=note,
+            ended=job.state is not JobState.RUNNING and not note,
+        )
+
+    @staticmethod
+    def _timed_out(
+        what: str, timeoutS: float, s: Server | None, vol: str, last: WalbError | None, *, job: int = 0
+    ) -> TimedOut:
+        facts: dict[str, Any] = {"timeout_s": timeoutS}
+        if s is not None:
+            facts["server"] = s.name
+        if vol:
+            facts["volume"] = vol
+        if last is not None:
+            facts["last_error"] = str(last)
+        hint = "see `walbc status` for what is in the way"
+        if job and s is not None:
+            facts["job"] = job
+            hint = f"the work goes on: wait for it with `walbc wait {s.name} {job}`"
+        return TimedOut(f"waited too long for {what}", hint=hint, **facts)
+
+
+def check_all(replies: dict[Server, Any]) -> None:
+    """Raise when a reply is an error: one ConnectError for all servers out of reach, else the first error."""
+    failed = {s: reply for s, reply in replies.items() if isinstance(reply, WalbError)}
+    away = [s for s, exc in failed.items() if isinstance(exc, ConnectError | TimedOut)]
+    if away:
+        first = failed[away[0]]
+        raise ConnectError(
+            "servers that are needed do not answer",
+            hint="start them, or take them out of the layout",
+            servers=", ".join(s.name for s in away),
+            reason=str(first.facts.get("reason", first.message)),
+        )
+    for exc in failed.values():
+        raise exc

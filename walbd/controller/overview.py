@@ -1,0 +1,482 @@
+"""One look at a whole group: every server, volume and hop, how far behind it is, and what is wrong.
+
+Pure: replies in, judgement and text out. Each line of the text begins with one of four words: ok, warn (look
+at it), error (backup does not go on, or will stop), down (does not answer). Source: docs/controller.md,
+"Status".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+from walbd.controller import constants as k
+from walbd.controller.replies import job_progress_text
+from walbd.controller.servers import Server, ServerLayout, server_kind_to_str
+from walbd.errors import ConnectError, TimedOut, WalbError, code_of
+from walbd.protocol.base import JobInfo, JobList, JobState
+from walbd.protocol.codec import to_json_ready
+from walbd.protocol.control import HopStatus, StatusReply, VolumeStatus
+from walbd.units import LB, format_size, format_time
+
+LAG_WARN_S: Final = 60
+LOG_WARN: Final = 0.7  # of the capacity
+LOG_ERROR: Final = 0.9
+JOB_FAILED_RECENTLY_S: Final = 3600
+
+
+class Word(StrEnum):
+    """How something is. The later, the worse."""
+
+    OK = "ok"
+    WARN = "warn"
+    ERROR = "error"
+    DOWN = "down"
+
+
+_RANK: Final = {word: rank for rank, word in enumerate(Word)}
+
+
+def worst(words: Sequence[Word]) -> Word:
+    """Return the worst of several words; ok for none."""
+    return max(words, key=_RANK.__getitem__, default=Word.OK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """Something that a person should know."""
+
+    word: Word
+    code: str  # stable
+    server: str
+    volume: str
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A volume at one server; at a proxy: one archive that it is sent to."""
+
+    word: Word
+    server: str
+    kind: str
+    state: str
+    text: str
+    dest: str = ""
+    lag_s: int = 0
+    lag_b: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeView:
+    """A volume over all servers. The lag is that of the archive which is farthest ahead, None if not known."""
+
+    word: Word
+    volume: str
+    size_b: int
+    targets: list[str]
+    lag_s: int | None
+    restorable_until: int  # [unix s], 0: nothing can be restored
+    parts: list[Part]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerView:
+    """A server, and all that it told."""
+
+    word: Word
+    name: str
+    kind: str
+    address: str
+    text: str
+    status: StatusReply | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobView:
+    """A job that runs, or whose failure is news."""
+
+    word: Word
+    server: str
+    job: JobInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """Everything together."""
+
+    word: Word
+    servers: list[ServerView]
+    volumes: list[VolumeView]
+    jobs: list[JobView]
+    alarms: list[Alarm]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `walbc status --json` prints; `status` of a server is the message that it sent."""
+        ready: dict[str, Any] = to_json_ready(self)
+        return ready
+
+
+def make_overview(
+    replies: Mapping[Server, StatusReply | WalbError],
+    jobs: Mapping[Server, JobList | WalbError],
+    vol: str,
+    layout: ServerLayout,
+) -> Overview:
+    """Judge what the servers answered; `vol` empty: all volumes."""
+    look = _Look(layout, {s: r for s, r in replies.items() if isinstance(r, StatusReply)})
+    for s, reply in replies.items():
+        if isinstance(reply, StatusReply):
+            look.check_server(s, reply)
+        else:
+            look.check_silent(s, reply)
+    names = sorted({v.volume for _, v in look.parts() if (not vol or v.volume == vol) and v.state != k.sClear})
+    volumes = [look.volume(name) for name in names]
+    running = [view for s, r in jobs.items() if isinstance(r, JobList) for view in look.jobs(s, r)]
+    servers = [look.server(s, reply) for s, reply in replies.items()]
+    everything = [*(a.word for a in look.alarms), *(s.word for s in servers), *(v.word for v in volumes)]
+    return Overview(
+        word=worst(everything),
+        servers=servers,
+        volumes=volumes,
+        jobs=running,
+        alarms=sorted(look.alarms, key=lambda alarm: -_RANK[alarm.word]),
+    )
+
+
+@dataclass
+class _Look:
+    """The work on one overview."""
+
+    layout: ServerLayout
+    replies: dict[Server, StatusReply]
+    alarms: list[Alarm] = field(default_factory=list)
+
+    def alarm(self, word: Word, code: str, server: str, volume: str, text: str, hint: str = "") -> Word:
+        self.alarms.append(Alarm(word=word, code=code, server=server, volume=volume, text=text, hint=hint))
+        return word
+
+    def parts(self, kind: int | None = None, vol: str = "") -> list[tuple[Server, VolumeStatus]]:
+        """Return the volume at each server that answered."""
+        return [
+            (s, v)
+            for s, reply in self.replies.items()
+            for v in reply.volumes
+            if (kind is None or s.kind == kind) and (not vol or v.volume == vol)
+        ]
+
+    # Servers
+
+    def check_silent(self, s: Server, error: WalbError) -> None:
+        away = isinstance(error, ConnectError | TimedOut)
+        reason = str(error.facts.get("reason", error.message))
+        if away:
+            self.alarm(Word.DOWN, "unreachable", s.name, "", f"does not answer ({reason})", "start the daemon")
+        else:
+            self.alarm(Word.ERROR, code_of(error), s.name, "", error.message, error.hint)
+
+    def check_server(self, s: Server, reply: StatusReply) -> None:
+        for text in reply.errors:
+            self.alarm(Word.ERROR, "server-error", s.name, "", text)
+        if reply.node != s.name:
+            self.alarm(
+                Word.WARN,
+                "other-name",
+                s.name,
+                "",
+                f"calls itself {reply.node}",
+                "use the same name in the group file and as node_id",
+            )
+        away = [proxy for proxy in reply.proxies if not proxy.available]
+        if away:
+            none_left = len(away) == len(reply.proxies)
+            self.alarm(
+                Word.ERROR if none_left else Word.WARN,
+                "proxy-unavailable",
+                s.name,
+                "",
+                ("no proxy is available: " if none_left else "sees no proxy at ")
+                + ", ".join(p.address for p in away),
+                "start the proxies before the log is full" if none_left else "",
+            )
+
+    def server(self, s: Server, reply: StatusReply | WalbError) -> ServerView:
+        mine = [a for a in self.alarms if a.server == s.name and not a.volume]
+        if isinstance(reply, StatusReply):
+            n = len([v for v in reply.volumes if v.state != k.sClear])
+            waiting = len(reply.tasks)
+            text = f"{n} volume{'s' * (n != 1)}, walbd {reply.version}, pid {reply.pid}"
+            text += f", {waiting} task{'s' * (waiting != 1)} waiting" if waiting else ""
+        else:
+            text = mine[0].text if mine else reply.message
+        return ServerView(
+            word=worst([a.word for a in mine]),
+            name=s.name,
+            kind=server_kind_to_str(s.kind),
+            address=s.get_host_port(),
+            text=text,
+            status=reply if isinstance(reply, StatusReply) else None,
+        )
+
+    # Volumes
+
+    def volume(self, vol: str) -> VolumeView:
+        before = len(self.alarms)
+        parts = [self.storage_part(s, v) for s, v in self.parts(k.K_STORAGE, vol)]
+        for s, v in self.parts(k.K_PROXY, vol):
+            parts += self.proxy_parts(s, v)
+        archives = self.parts(k.K_ARCHIVE, vol)
+        parts += [self.archive_part(s, v) for s, v in archives]
+        self.check_together(vol)
+        targets = [s.name for s, v in self.parts(k.K_STORAGE, vol) if v.state == k.sTarget]
+        lags = [lag for _, v in archives if (lag := self.lag(vol, v)) is not None]
+        sizes = [v.size_lb * LB for _, v in self.parts(vol=vol)]
+        return VolumeView(
+            word=worst([*(part.word for part in parts), *(a.word for a in self.alarms[before:])]),
+            volume=vol,
+            size_b=max(sizes, default=0),
+            targets=targets,
+            lag_s=min(lags, default=None),
+            restorable_until=max((v.latest_time for _, v in archives if v.restorable), default=0),
+            parts=parts,
+        )
+
+    def storage_part(self, s: Server, v: VolumeStatus) -> Part:
+        words = [self.broken(s, v)]
+        if v.device_error:
+            words.append(
+                self.alarm(
+                    Word.DOWN, "device-down", s.name, v.volume, f"device: {v.device_error}", "start the device"
+                )
+            )
+        if v.overflow:
+            hint = f"stop {s.name} {v.volume}, then take a full or hash backup"
+            text = "the log has overflowed: what is written now is not backed up"
+            words.append(self.alarm(Word.ERROR, "overflow", s.name, v.volume, text, hint))
+        fill = v.log_usage_pb / v.log_capacity_pb if v.log_capacity_pb else 0.0
+        if fill >= LOG_WARN and not v.overflow:
+            word = Word.ERROR if fill >= LOG_ERROR else Word.WARN
+            hint = "when it is full, only a backup can continue the volume: see what hinders the transfer"
+            words.append(self.alarm(word, "log-fill", s.name, v.volume, f"the log is {fill:.0%} full", hint))
+        if v.state == k.sStopped:
+            hint = f"walbc start {s.name} {v.volume}" if not v.overflow else ""
+            words.append(self.alarm(Word.WARN, "stopped", s.name, v.volume, "stopped: nothing is sent", hint))
+        elif v.state == k.sSyncReady:
+            hint = f"walbc full-backup {v.volume} --storage {s.name}"
+            words.append(self.alarm(Word.WARN, "not-started", s.name, v.volume, "waits for a backup", hint))
+        lag_b = v.lag_lb * LB
+        lag_s = max(0, self.replies[s].now - v.done_time) if lag_b and v.done_time else 0
+        if v.state == k.sTarget and lag_s > LAG_WARN_S:
+            words.append(self.alarm(Word.WARN, "lag", s.name, v.volume, f"{_behind(lag_s, lag_b)} behind its log"))
+        capacity = format_size(v.log_capacity_pb * v.pbs)
+        text = f"log {fill:.0%} of {capacity}" if v.log_capacity_pb else "log unknown"
+        if v.state != k.sStandby:
+            text += f", {_behind(lag_s, lag_b)} to send"
+        return Part(
+            word=worst(words),
+            server=s.name,
+            kind="storage",
+            state=v.state,
+            text=text + _stopping(v),
+            lag_s=lag_s,
+            lag_b=lag_b,
+        )
+
+    def proxy_parts(self, s: Server, v: VolumeStatus) -> list[Part]:
+        word = self.broken(s, v)
+        if v.state == k.pStopped:
+            word = worst(
+                [
+                    word,
+                    self.alarm(
+                        Word.WARN,
+                        "stopped",
+                        s.name,
+                        v.volume,
+                        "stopped: takes and sends nothing",
+                        f"walbc start {s.name} {v.volume}",
+                    ),
+                ]
+            )
+        if not v.hops:
+            text = "sends to no archive" + _stopping(v)
+            return [Part(word=word, server=s.name, kind="proxy", state=v.state, text=text)]
+        return [self.hop(s, v, hop, word) for hop in v.hops]
+
+    def hop(self, s: Server, v: VolumeStatus, hop: HopStatus, word: Word) -> Part:
+        lag_s = max(0, self.replies[s].now - hop.oldest) if hop.diffs and hop.oldest else 0
+        text = f"{hop.diffs} diff{'s' * (hop.diffs != 1)}, {_behind(lag_s, hop.size_b)} to send"
+        if hop.sending:
+            text += ", sending"
+        if hop.error:
+            why = hop.error_text or "the archive refused them"
+            hint = f"put it right at {hop.dest}, then: walbc kick-all {s.name}"
+            word = worst(
+                [
+                    word,
+                    self.alarm(
+                        Word.ERROR, "send-error", s.name, v.volume, f"cannot send to {hop.dest}: {why}", hint
+                    ),
+                ]
+            )
+        elif lag_s > LAG_WARN_S:
+            why = f": {hop.error_text}" if hop.error_text else ""
+            behind = f"{_behind(lag_s, hop.size_b)} wait for {hop.dest}{why}"
+            word = worst([word, self.alarm(Word.WARN, "lag", s.name, v.volume, behind)])
+        return Part(
+            word=word,
+            server=s.name,
+            kind="proxy",
+            dest=hop.dest,
+            state=v.state,
+            text=text + _stopping(v),
+            lag_s=lag_s,
+            lag_b=hop.size_b,
+        )
+
+    def archive_part(self, s: Server, v: VolumeStatus) -> Part:
+        words = [self.broken(s, v)]
+        if v.state == k.aStopped:
+            hint = f"walbc start {s.name} {v.volume}"
+            words.append(self.alarm(Word.WARN, "stopped", s.name, v.volume, "stopped: takes no diffs", hint))
+        elif v.state == k.aSyncReady:
+            words.append(self.alarm(Word.WARN, "not-started", s.name, v.volume, "holds no image yet"))
+        elif v.state == k.aArchived and not v.restorable:
+            words.append(
+                self.alarm(Word.WARN, "nothing-restorable", s.name, v.volume, "nothing can be restored yet")
+            )
+        lag_s = self.lag(v.volume, v)
+        text = f"{v.restorable} point{'s' * (v.restorable != 1)}"
+        if v.restorable:
+            text += f" from {format_time(v.oldest_time)} to {format_time(v.latest_time)}"
+        text += f", {v.diffs} diff{'s' * (v.diffs != 1)} {format_size(v.diffs_b)}"
+        text += f", {lag_s} s behind" if lag_s is not None else ""
+        busy = [f"{name} runs" for name, count in v.actions.items() if count]
+        return Part(
+            word=worst(words),
+            server=s.name,
+            kind="archive",
+            state=v.state,
+            text=", ".join([text, *busy]) + _stopping(v),
+            lag_s=lag_s or 0,
+        )
+
+    def broken(self, s: Server, v: VolumeStatus) -> Word:
+        if not v.error and v.state != k.BROKEN:
+            return Word.OK
+        return self.alarm(Word.ERROR, "broken", s.name, v.volume, v.error or "the volume is broken")
+
+    def lag(self, vol: str, at_archive: VolumeStatus) -> int | None:
+        """Return how old the newest snapshot at an archive is, 0 when it has everything; None: not known."""
+        for s, v in self.parts(k.K_STORAGE, vol):
+            if v.state == k.sTarget:
+                if not v.lag_lb and at_archive.latest_gid >= v.done_gid:
+                    return 0
+                return max(0, self.replies[s].now - at_archive.latest_time) if at_archive.latest_time else None
+        return None
+
+    def check_together(self, vol: str) -> None:
+        """Find what shows only when several servers are compared."""
+        targets = [(s, v) for s, v in self.parts(k.K_STORAGE, vol) if v.state == k.sTarget]
+        if len(targets) > 1:
+            names = ", ".join(s.name for s, _ in targets)
+            text = f"several storages are Target: {names}"
+            self.alarm(Word.ERROR, "two-targets", "", vol, text, "stop all but one: two corrupt the history")
+        if not targets:
+            states = {v.state for _, v in self.parts(k.K_STORAGE, vol)}
+            if states == {k.sStandby}:
+                hint = f"walbc full-backup {vol} --storage NAME"
+                self.alarm(Word.WARN, "no-target", "", vol, "no storage is its target: nothing is sent", hint)
+            return
+        proxies = [s for s in self.replies if s.kind == k.K_PROXY]
+        fed: dict[str, list[str]] = {}  # archive: the proxies that send to it
+        for s, v in self.parts(k.K_PROXY, vol):
+            for hop in v.hops:
+                fed.setdefault(hop.dest, []).append(s.name)
+        if proxies and not fed:
+            hint = f"walbc start-synchronizing ARCHIVE {vol}"
+            self.alarm(Word.ERROR, "not-fed", "", vol, "is sent to no archive", hint)
+        for archive, senders in fed.items():
+            missing = [p.name for p in proxies if p.name not in senders]
+            if missing:
+                text = f"{', '.join(missing)} does not send to {archive}"
+                self.alarm(Word.WARN, "half-fed", "", vol, text, f"walbc start-synchronizing {archive} {vol}")
+        for s, v in self.parts(k.K_ARCHIVE, vol):
+            source = targets[0][1]
+            if s.name in fed and v.state == k.aArchived and source.uuid and v.uuid and v.uuid != source.uuid:
+                text = f"{s.name} holds another history than {targets[0][0].name} sends"
+                self.alarm(Word.ERROR, "other-history", s.name, vol, text, "take a full or hash backup")
+
+    # Jobs
+
+    def jobs(self, s: Server, reply: JobList) -> list[JobView]:
+        newest = {(job.name, job.volume): job for job in reply.jobs}
+        now = self.replies[s].now
+        views = []
+        for job in reply.jobs:
+            if job.state is JobState.RUNNING:
+                views.append(JobView(word=Word.OK, server=s.name, job=job))
+            elif (
+                job.state is JobState.FAILED
+                and newest[job.name, job.volume] is job
+                and now - job.ended < JOB_FAILED_RECENTLY_S
+            ):
+                text = f"{job.name} failed at {format_time(job.ended)}: {job.error}"
+                word = self.alarm(Word.WARN, "job-failed", s.name, job.volume, text, job.hint)
+                views.append(JobView(word=word, server=s.name, job=job))
+        return views
+
+
+def _behind(lag_s: int, lag_b: int) -> str:
+    return f"{lag_s} s {format_size(lag_b)}"
+
+
+def _stopping(v: VolumeStatus) -> str:
+    return f", stopping ({v.stopping})" if v.stopping else ""
+
+
+# Text
+
+
+def overview_lines(view: Overview) -> list[str]:
+    """Write an overview, one fact a line, each beginning with ok, warn, error or down; columns are aligned."""
+    n_servers, n_volumes, n_alarms = len(view.servers), len(view.volumes), len(view.alarms)
+    summary = f"{n_servers} server{'s' * (n_servers != 1)}, {n_volumes} volume{'s' * (n_volumes != 1)}, "
+    summary += f"{n_alarms or 'no'} alarm{'s' * (n_alarms != 1)}"
+    rows: list[tuple[str, str, str, str]] = [(view.word, "group", "", summary)]
+    rows += [(s.word, s.kind, s.name, f"{s.address}, {s.text}") for s in view.servers]
+    for volume in view.volumes:
+        rows.append((volume.word, "volume", volume.volume, _volume_text(volume)))
+        for part in volume.parts:
+            where = f"{part.server} > {part.dest}" if part.dest else part.server
+            rows.append((part.word, volume.volume, where, f"{part.state}, {part.text}"))
+    rows += [(v.word, "job", f"{v.server} {v.job.job}", _job_text(v.job)) for v in view.jobs]
+    for alarm in view.alarms:
+        where = " ".join(word for word in (alarm.server, alarm.volume) if word)
+        rows.append((alarm.word, "alarm", where, f"{alarm.text}{f' - {alarm.hint}' if alarm.hint else ''}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return [
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+        for row in rows
+    ]
+
+
+def _volume_text(v: VolumeView) -> str:
+    parts = [format_size(v.size_b)]
+    parts.append(f"backed up from {', '.join(v.targets)}" if v.targets else "not backed up")
+    if v.restorable_until:
+        parts.append(f"restorable until {format_time(v.restorable_until)}")
+    else:
+        parts.append("nothing restorable")
+    if v.lag_s is not None:
+        parts.append(f"{v.lag_s} s behind" if v.lag_s else "nothing missing")
+    return ", ".join(parts)
+
+
+def _job_text(job: JobInfo) -> str:
+    how_far = job_progress_text(job) if job.state is JobState.RUNNING else str(job.state)
+    amount = f" ({format_size(job.done)} of {format_size(job.total)})" if job.total and job.unit == "B" else ""
+    return f"{job.name} {job.volume}: {how_far}{amount}".replace("  ", " ")
