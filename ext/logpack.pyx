@@ -452,7 +452,8 @@ def bad_records(const uint8_t[::1] data not None, uint32_t salt, const uint8_t[:
     if records.shape[0] % sizeof(walb_log_record):
         raise ValueError("records must hold whole log records")
     cdef Py_ssize_t i = 0, n = records.shape[0] // sizeof(walb_log_record)
-    cdef const walb_log_record* rs = <const walb_log_record*>&records[0] if n else NULL
+    cdef const uint8_t* rs = &records[0] if n else NULL
+    cdef walb_log_record r
     cdef size_t size = data.shape[0]
     cdef const uint8_t* base = &data[0] if size else NULL
     cdef int outside = 0
@@ -460,11 +461,12 @@ def bad_records(const uint8_t[::1] data not None, uint32_t salt, const uint8_t[:
     while i < n:
         with nogil:
             while i < n:
-                if not rs[i].flags & (FLAG_DISCARD | FLAG_PADDING):
-                    if rs[i].data_b > size or <size_t>rs[i].io_size_lb * 512 > size - rs[i].data_b:
+                memcpy(&r, rs + i * <Py_ssize_t>sizeof(walb_log_record), sizeof(walb_log_record))
+                if not r.flags & (FLAG_DISCARD | FLAG_PADDING):
+                    if r.data_b > size or <size_t>r.io_size_lb * 512 > size - r.data_b:
                         outside = 1
                         break
-                    if walb_checksum(base + rs[i].data_b, <size_t>rs[i].io_size_lb * 512, salt) != rs[i].checksum:
+                    if walb_checksum(base + r.data_b, <size_t>r.io_size_lb * 512, salt) != r.checksum:
                         break
                 i += 1
         if outside:
