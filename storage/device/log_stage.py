@@ -229,11 +229,12 @@ class LogStage:
     def _fill(self, batch: LogBatch, parts: list[_Part]) -> None:
         """Take requests off the queue while they fit."""
         queue = self._queue
-        while queue and batch.size_b < BATCH_MAX_B:
+        size_max_b = min(BATCH_MAX_B, self._pending_max_b - self._data.pending_b)
+        while queue and batch.size_b < size_max_b:
             writes = queue[0]
             begin = writes.index
             writes.index, writes.done_b, records = batch.add(
-                writes.table, begin, writes.done_b, writes.data, BATCH_MAX_B
+                writes.table, begin, writes.done_b, writes.data, size_max_b
             )
             if records:
                 parts.append(_Part(writes, records, begin, writes.index))

@@ -1,0 +1,285 @@
+"""Crashes of the device: power failures at any disk operation, over and over on the same disk.
+
+After each: redo finds a state that some prefix of the requests leaves (in the order in which they were
+submitted), the prefix has everything that was made durable, and a second redo changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.kit.device import DDEV, LDEV, Client, Op, make_disk, serving
+from tests.kit.simdisk import SimDisk
+from tests.kit.virtual import run
+from walbd.errors import CorruptData, DiskFailed, WalbError
+from walbd.format.superblock import read_superblock
+from walbd.protocol.nbd import Command, CommandFlag
+from walbd.storage.device.engine import Engine, Tuning
+from walbd.units import LB
+
+TUNING = Tuning(
+    checkpoint_interval_s=0.05,
+    flush_interval_s=0.004,
+    flush_interval_b=32 << 10,
+    pending_max_b=64 << 10,
+)
+
+
+@dataclass
+class Promises:
+    """What the device has promised since the last start."""
+
+    base: bytearray  # the volume's contents at that start
+    ops: list[Op] = field(default_factory=list)  # submitted since
+    durable: int = 0  # so many of them must survive
+    permanent: int = 0  # highest lsid seen permanent, of the log `uuid`
+    uuid: bytes = b""
+    size_lb: int = 0
+    oldest: int = 0
+
+    def prefixes(self) -> list[bytes]:
+        """Return the states that the first 0, 1, ... requests leave."""
+        size_b = max([len(self.base), *((op.offset_lb + op.size_lb) * LB for op in self.ops)])
+        image = bytearray(self.base.ljust(size_b, b"\0"))
+        states = [bytes(image)]
+        for op in self.ops:
+            op.apply(image)
+            states.append(bytes(image))
+        return states
+
+
+def random_op(rng: random.Random, size_lb: int, record_max_lb: int) -> Op:
+    n = rng.choice([1, 1, 2, 7, 8, 8, 9, 16, rng.randint(1, record_max_lb)])
+    n = min(n, record_max_lb)  # one record: a request is applied whole or not at all
+    offset = rng.randrange(size_lb - n + 1)
+    flags = CommandFlag.FUA if rng.random() < 0.1 else 0
+    kind = rng.random()
+    if kind < 0.15:
+        return Op(Command.TRIM, offset, n, flags=flags)
+    if kind < 0.2:
+        return Op(Command.WRITE_ZEROES, offset, n, flags=flags | CommandFlag.NO_HOLE)
+    return Op(Command.WRITE, offset, n, rng.randbytes(n * LB), flags)
+
+
+async def work(engine: Engine, client: Client, promises: Promises, rng: random.Random, record_max_lb: int) -> None:
+    """Submit requests and control operations until the disk dies."""
+    core = engine.core
+
+    def note() -> None:
+        lsids = core.lsids
+        assert lsids.in_order(), lsids
+        if core.superblock.uuid == promises.uuid:
+            promises.permanent = max(promises.permanent, lsids.permanent)
+            promises.oldest = max(promises.oldest, lsids.oldest)
+        else:
+            promises.uuid, promises.permanent, promises.oldest = core.superblock.uuid, lsids.permanent, 0
+        for i, op in enumerate(promises.ops):
+            if op.result == 0 and op.flags & CommandFlag.FUA:
+                promises.durable = max(promises.durable, i + 1)
+
+    while not core.has_failed():
+        choice = rng.random()
+        try:
+            if choice < 0.7:
+                ops = [random_op(rng, promises.size_lb, record_max_lb) for _ in range(rng.randint(1, 20))]
+                promises.ops += ops
+                client.submit(*ops)
+                if rng.random() < 0.5:
+                    await client.answered(ops[-1])
+            elif choice < 0.8:
+                answered = 0
+                while answered < len(promises.ops) and promises.ops[answered].result == 0:
+                    answered += 1
+                if await client.flush() == 0:
+                    promises.durable = max(promises.durable, answered)
+            elif choice < 0.85:
+                await engine.take_checkpoint()
+            elif choice < 0.9:
+                await engine.drain()
+                await engine.set_oldest(core.lsids.prev_written)
+            elif choice < 0.92:
+                await engine.reset_wal()
+            elif choice < 0.94:
+                await engine.freeze(0)
+                engine.melt()
+            elif choice < 0.96:
+                grown = promises.size_lb + rng.randint(0, 3)
+                await engine.resize(grown)
+                promises.size_lb = grown
+            elif choice < 0.97:
+                await asyncio.sleep(rng.choice([0.001, 0.01, 0.1]))
+            else:
+                at = rng.randrange(promises.size_lb) * LB
+                await client.read(at, min(4096, promises.size_lb * LB - at))
+        except WalbError:
+            if not core.has_failed():
+                raise
+        note()
+        await asyncio.sleep(0)
+    note()
+
+
+async def life(disk: SimDisk, promises: Promises, rng: random.Random, record_max_lb: int) -> None:
+    """Serve the device until the disk dies, at start or at work."""
+    async with serving(disk, rng, TUNING) as engine:
+        note_uuid = engine.core.superblock.uuid
+        if note_uuid != promises.uuid:
+            promises.uuid, promises.permanent, promises.oldest = note_uuid, 0, 0
+        promises.size_lb = engine.core.superblock.device_size_lb
+        await work(engine, Client(engine), promises, rng, record_max_lb)
+
+
+def padded(image: bytes, size_b: int) -> bytes:
+    return image.ljust(size_b, b"\0")
+
+
+def check(disk: SimDisk, promises: Promises, rng: random.Random) -> Promises:
+    """Redo on the disk, without crashes, and compare with what was promised; return the new state of affairs."""
+    image: list[bytes] = []
+    ends: list[tuple[bytes, int, int]] = []
+
+    async def look() -> None:
+        async with serving(disk, rng, TUNING) as engine:
+            image.append(await Client(engine).read_all())
+            lsids = engine.core.lsids
+            ends.append((engine.core.superblock.uuid, lsids.latest, lsids.oldest))
+
+    for _ in range(2):
+        run(look())
+        disk = disk.restart()
+    assert image[0] == image[1], "a second redo changes something"
+    assert ends[0] == ends[1]
+    uuid, end, oldest = ends[0]
+    if uuid == promises.uuid:
+        assert end >= promises.permanent, "permanent log was lost"
+        assert oldest >= promises.oldest, "set-oldest was not durable"
+    size_b = len(image[0])
+    states = [padded(state, size_b)[:size_b] for state in promises.prefixes()]
+    survivors = [i for i, state in enumerate(states) if state == image[0]]
+    assert survivors, "the volume is in a state that no prefix of the requests leaves"
+    assert survivors[-1] >= promises.durable, "a durable request was lost"
+    return Promises(bytearray(image[0]), uuid=uuid, permanent=end, oldest=oldest, size_lb=size_b // LB)
+
+
+@pytest.mark.parametrize("pbs", [512, 4096])
+@pytest.mark.parametrize("piece_b", [512, 4096])
+@pytest.mark.parametrize("seed", range(6))
+def test_crashes_lose_nothing_that_was_promised(pbs: int, piece_b: int, seed: int) -> None:
+    rng = random.Random(f"{seed} {pbs} {piece_b}")
+    ring_pb = rng.choice([32, 64, 200])
+    record_max_lb = ring_pb // 4 * pbs // LB
+    size_lb = 96
+    # The promise of half a superblock is not kept by any disk that tears its own blocks.
+    disk = make_disk(pbs=pbs, ring_pb=ring_pb, size_lb=size_lb, piece_b=piece_b)
+    promises = Promises(bytearray(size_lb * LB), size_lb=size_lb, uuid=b"u" * 16)
+    for cycle in range(6):
+        disk.crash_at = disk.ops + rng.choice([rng.randint(1, 12), rng.randint(1, 60), rng.randint(1, 300)])
+        try:
+            run(life(disk, promises, rng, min(record_max_lb, 40)))
+        except* DiskFailed:
+            pass  # it died at the start
+        assert disk.crashed, f"cycle {cycle} ended without a crash"
+        disk = disk.crash(rng)
+        while rng.random() < 0.4:
+            disk = crash_at_start(disk, rng)
+        promises = check(disk, promises, rng)
+        disk = disk.restart()
+
+
+def crash_at_start(disk: SimDisk, rng: random.Random) -> SimDisk:
+    """Start the device and crash it somewhere in redo, or right after; return the disk then."""
+
+    async def start() -> None:
+        async with serving(disk, rng, TUNING):
+            pass
+
+    disk.crash_at = disk.ops + rng.randint(1, 12)
+    try:
+        run(start())
+    except DiskFailed:
+        pass
+    return disk.crash(rng)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_error_without_a_crash_loses_nothing_that_was_answered(seed: int) -> None:
+    """The n-th operation fails; the process is restarted on the same machine, whose page cache has survived."""
+    rng = random.Random(seed)
+    for _ in range(12):
+        disk = make_disk(ring_pb=64, size_lb=96)
+        promises = Promises(bytearray(96 * LB), size_lb=96, uuid=b"u" * 16)
+        disk.fail_at = disk.ops + rng.randint(1, 80)
+        try:
+            run(life(disk, promises, rng, 16))
+        except* DiskFailed:
+            pass
+        answered = [i + 1 for i, op in enumerate(promises.ops) if op.result == 0]
+        refused = [i for i, op in enumerate(promises.ops) if op.result is not None and op.result != 0]
+        if answered and refused:
+            assert answered[-1] <= refused[0] or any(promises.ops[i].flags & 1 for i in refused)
+        plain = [i + 1 for i, op in enumerate(promises.ops) if op.result == 0 and not op.flags & 1]
+        promises.durable = max([promises.durable, *plain])
+        check(disk.restart(), promises, rng)
+
+
+def test_no_write_from_before_a_crash_comes_back() -> None:
+    """docs/device.md, "Forget the future": pack N is lost, N+1 is not; a new N must not bring N+1 back."""
+    rng = random.Random(7)
+
+    def write(disk: SimDisk, *blocks: tuple[int, int]) -> SimDisk:
+        async def main() -> None:
+            async with serving(disk, rng, TUNING) as engine:
+                client = Client(engine)
+                for at, tag in blocks:
+                    assert await client.write(at, bytes([tag]) * LB) == 0
+                    await asyncio.sleep(0)
+
+        run(main())
+        return disk
+
+    disk = write(make_disk(), (0, 1))
+    ldev = disk.files[LDEV]
+    before = bytes(ldev.now)
+    write(disk.restart(), (1, 2), (2, 3))  # packs N and N+1, of one block each
+    sb = read_superblock(disk.open(LDEV))
+    first = sb.offset_b(2)
+    ldev.now[first : first + 1024] = before[first : first + 1024]  # N is lost
+    disk.files[DDEV].now[LB : 3 * LB] = bytes(2 * LB)
+    disk = write(disk.restart(), (1, 4))  # a new N of the same size
+    image = bytearray()
+
+    async def look() -> None:
+        async with serving(disk.restart(), rng, TUNING) as engine:
+            image.extend(await Client(engine).read_all())
+
+    run(look())
+    assert image[: 3 * LB] == b"\1" * LB + b"\4" * LB + bytes(LB), "N+1 has come back"
+
+
+def test_damage_in_the_log_is_not_an_end_of_it() -> None:
+    """A header whose checksum is good and whose fields contradict each other is refused."""
+    rng = random.Random(1)
+    disk = make_disk()
+
+    async def fill() -> None:
+        async with serving(disk, rng, Tuning(checkpoint_interval_s=3600)) as engine:
+            client = Client(engine)
+            for i in range(3):
+                await client.write(i, bytes([i + 1]) * LB, fua=True)
+
+    run(fill())
+    sb = read_superblock(disk.open(LDEV))
+    at = sb.offset_b(2)
+    raw = disk.files[LDEV].now
+    raw[at + 6] += 1  # total_io_size; the checksum is made good again
+    words = [int.from_bytes(raw[at + i : at + i + 4], "little") for i in range(4, 512, 4)]
+    raw[at : at + 4] = (-(sum(words) + sb.salt) % 2**32).to_bytes(4, "little")
+    disk = disk.restart()
+    before = bytes(raw)
+    with pytest.raises(CorruptData):
+        run(fill())
+    assert bytes(disk.files[LDEV].now) == before
