@@ -272,6 +272,28 @@ def test_check_reports(walbd: Cli, logged: Logged) -> None:
     assert "1 physical blocks behind the ring" in walbd.good("ldev", "check", ldev)
 
 
+def test_everything_speaks_json(walbd: Cli, logged: Logged) -> None:
+    ldev, ddev, sb = logged
+    out = ldev.parent / "out.wlog"
+    said = json.loads(walbd.good("ldev", "cat", ldev, "-o", out, "--json"))
+    assert said == {"wlog": str(out), "begin_lsid": 0, "end_lsid": END}
+    image = ddev.parent / "image"
+    shutil.copyfile(ddev, image)
+    said = json.loads(walbd.good("wlog", "redo", out, image, "--json"))
+    assert said == {"image": str(image), "begin_lsid": 0, "end_lsid": END}
+    patch(ldev, sb.offset_b(6), b"\1" * 512)
+    assert json.loads(walbd.good("ldev", "redo", ldev, ddev, "--json")) == {
+        "begin_lsid": 0,
+        "end_lsid": 5,
+        "packs": 1,
+        "records": 1,
+        "torn": {"lsid": 5, "records_kept": 0},
+        "removed_lsids": [10],
+    }
+    made = json.loads(walbd.good("ldev", "format", ldev, ddev, "--force", "--name", "n", "--json"))
+    assert (made["name"], made["pbs"], made["written_lsid"]) == ("n", 512, 0)
+
+
 def test_check_of_an_overflowed_ring(walbd: Cli, logged: Logged) -> None:
     ldev, _, sb = logged
     fields = {f: getattr(sb, f) for f in sb.__slots__}

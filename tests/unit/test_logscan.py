@@ -223,6 +223,8 @@ def pack_found(found: list[Found]) -> bytes:
 def test_record_checks_equal_reference(found: list[Found], limit_lb: int, pbs: int, ring_pb: int) -> None:
     assert first_outside(pack_found(found), limit_lb) == reference.first_outside(found, limit_lb)
     assert first_odd_padding(pack_found(found), pbs, ring_pb) == reference.first_odd_padding(found, pbs, ring_pb)
+    misaligned = memoryview(b"x" + pack_found(found))[1:]
+    assert first_outside(misaligned, limit_lb) == reference.first_outside(found, limit_lb)
 
 
 @given(FOUND, st.data())

@@ -43,6 +43,13 @@ def superblock_facts(sb: Superblock) -> dict[str, object]:
     }
 
 
+def _print(facts: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+    else:
+        print_facts(facts)
+
+
 def _warn_of_copy(opened: OpenedSuperblock) -> None:
     if opened.problem is not None:
         note(f"walbd: {opened.problem}; superblock 1 is used instead")
@@ -59,7 +66,8 @@ def _warn_of_copy(opened: OpenedSuperblock) -> None:
 )
 @click.option("--name", default="", help="Name of the volume, at most 31 bytes.")
 @click.option("--force", is_flag=True, help="Format what is a log device already; its log is lost.")
-def format_(ldev_path: Path, ddev_path: Path, pbs: str | None, name: str, force: bool) -> None:
+@JSON
+def format_(ldev_path: Path, ddev_path: Path, pbs: str | None, name: str, force: bool, as_json: bool) -> None:
     """Make LDEV the empty log device of DDEV."""
     from walbd.storage.device.offline import format_ldev
 
@@ -73,7 +81,7 @@ def format_(ldev_path: Path, ddev_path: Path, pbs: str | None, name: str, force:
             force=force,
             rng=random.SystemRandom(),
         )
-    print_facts(superblock_facts(sb))
+    _print(superblock_facts(sb), as_json)
 
 
 @ldev.command()
@@ -91,10 +99,7 @@ def info(ldev_path: Path, as_json: bool) -> None:
         "superblock": 0 if opened.problem is None else 1,
         "overflow": sb.written_lsid - sb.oldest_lsid > sb.ring_size_pb,
     }
-    if as_json:
-        print_json(facts)
-    else:
-        print_facts(facts)
+    _print(facts, as_json)
 
 
 @ldev.command()
@@ -102,7 +107,8 @@ def info(ldev_path: Path, as_json: bool) -> None:
 @OUT
 @click.option("--from", "begin", metavar="LSID", type=int, help="First logpack; by default the oldest.")
 @click.option("--to", "end", metavar="LSID", type=int, help="Lsid after the last logpack; by default the end.")
-def cat(ldev_path: Path, out: Path, begin: int | None, end: int | None) -> None:
+@JSON
+def cat(ldev_path: Path, out: Path, begin: int | None, end: int | None, as_json: bool) -> None:
     """Copy the log of LDEV to a wlog file."""
     from walbd.storage.device.offline import extract_wlog, open_ldev
 
@@ -112,13 +118,17 @@ def cat(ldev_path: Path, out: Path, begin: int | None, end: int | None) -> None:
         with output_file(fs, out) as new:
             reached = extract_wlog(file, opened.superblock, new, begin=begin, end=end)
         first = opened.superblock.oldest_lsid if begin is None else begin
-    print(f"{out}: lsid {first} to {reached}")
+    if as_json:
+        print_json({"wlog": str(out), "begin_lsid": first, "end_lsid": reached})
+    else:
+        print(f"{out}: lsid {first} to {reached}")
 
 
 @ldev.command()
 @LDEV
 @DDEV
-def redo(ldev_path: Path, ddev_path: Path) -> None:
+@JSON
+def redo(ldev_path: Path, ddev_path: Path, as_json: bool) -> None:
     """Bring DDEV up to the end of the log of LDEV, and make the log end there.
 
     What a device does when it starts after a crash. A torn last logpack is cut down to its good records.
@@ -131,9 +141,21 @@ def redo(ldev_path: Path, ddev_path: Path) -> None:
         _warn_of_copy(opened)
         with fs.open(ddev_path, write=True, lock=True) as ddev_file:
             done = redo_log(ldev_file, ddev_file, opened.superblock)
+    torn = done.end.torn
+    if as_json:
+        print_json(
+            {
+                "begin_lsid": done.begin_lsid,
+                "end_lsid": done.end.lsid,
+                "packs": done.n_packs,
+                "records": done.n_records,
+                "torn": None if torn is None else {"lsid": torn.lsid, "records_kept": torn.record},
+                "removed_lsids": list(done.forgotten),
+            }
+        )
+        return
     print(f"{ddev_path}: applied lsid {done.begin_lsid} to {done.end.lsid}, {done.n_packs} packs")
-    if done.end.torn is not None:
-        torn = done.end.torn
+    if torn is not None:
         print(f"{ldev_path}: cut the torn logpack at lsid {torn.lsid} to {torn.record} records")
     if done.forgotten:
         print(f"{ldev_path}: removed {len(done.forgotten)} logpacks above the end of the log")

@@ -198,7 +198,8 @@ def verify(file: Path, as_json: bool) -> None:
 @FILE
 @click.argument("image", type=click.Path(path_type=Path))
 @DISCARD
-def redo(file: Path, image: Path, discard: str) -> None:
+@JSON
+def redo(file: Path, image: Path, discard: str, as_json: bool) -> None:
     """Replay a log file on a disk image or block device.
 
     Every pack is verified before it is applied. If the log is damaged, IMAGE gets what stands before the damage
@@ -212,4 +213,7 @@ def redo(file: Path, image: Path, discard: str) -> None:
         with fs.open(image, write=True, lock=True) as target:
             begin = reader.lsid
             end = apply_wlog(reader, target, zero_discards=discard == "zero")
-    print(f"{image}: applied lsid {begin} to {end}")
+    if as_json:
+        print_json({"image": str(image), "begin_lsid": begin, "end_lsid": end})
+    else:
+        print(f"{image}: applied lsid {begin} to {end}")
