@@ -1,0 +1,282 @@
+"""What a proxy answers when asked: status, states, lists. Nothing here changes anything."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from walbd import __version__
+from walbd.daemon.conn import Connection
+from walbd.daemon.env import Env, Pool
+from walbd.daemon.jobs import Jobs
+from walbd.daemon.scheduler import Scheduler
+from walbd.daemon.server import Handler, RequestStat
+from walbd.errors import DiskFailed, NotFound
+from walbd.format.meta import Diff
+from walbd.format.superblock import LOG_VERSION
+from walbd.ids import NO_GID
+from walbd.protocol.base import VERSION_MAX, VERSION_MIN, Fact, GetJobs, JobList, Kind
+from walbd.protocol.codec import Request
+from walbd.protocol.control import (
+    Actions,
+    ArchiveInfo,
+    BoolValue,
+    Diffs,
+    GetActions,
+    GetArchiveInfo,
+    GetHandlerStat,
+    GetHostType,
+    GetIsWdiffSendError,
+    GetLatestSnap,
+    GetNumAction,
+    GetPid,
+    GetProxyDiff,
+    GetState,
+    GetStatus,
+    GetVersion,
+    GetVolumes,
+    HopStatus,
+    HostType,
+    IntValue,
+    Latest,
+    ListArchiveInfo,
+    Names,
+    RequestStats,
+    StatusReply,
+    TaskStatus,
+    TextValue,
+    VersionInfo,
+    VolumeStatus,
+)
+from walbd.proxy.config import ProxyConfig
+from walbd.proxy.receive import Receiver
+from walbd.proxy.send import SendKey
+from walbd.proxy.states import WDIFF_SEND, Command
+from walbd.proxy.volume import Hop, Volume
+
+
+class Queries:
+    """Handlers of all requests that only ask."""
+
+    def __init__(
+        self,
+        env: Env,
+        config: ProxyConfig,
+        volumes: Mapping[str, Volume],
+        find: Callable[[str], Volume],
+        scheduler: Scheduler[SendKey],
+        receiver: Receiver,
+        jobs: Jobs,
+        stats: Callable[[], Mapping[tuple[str, str], RequestStat]],
+    ) -> None:
+        """`find(name)` returns a volume, a Clear one for an unknown name."""
+        self._env = env
+        self._config = config
+        self._volumes = volumes
+        self._find = find
+        self._scheduler = scheduler
+        self._receiver = receiver
+        self._jobs = jobs
+        self._stats = stats
+
+    def handlers(self) -> dict[type[Request[Any]], Handler]:
+        """Return the handlers by request."""
+        return {
+            GetVersion: self.version,
+            GetHostType: self.host_type,
+            GetPid: self.pid,
+            GetHandlerStat: self.handler_stat,
+            GetState: self.state,
+            GetVolumes: self.list_volumes,
+            GetNumAction: self.num_action,
+            GetActions: self.actions,
+            GetJobs: self.list_jobs,
+            GetStatus: self.status,
+            GetLatestSnap: self.latest_snap,
+            GetIsWdiffSendError: self.is_wdiff_send_error,
+            GetProxyDiff: self.proxy_diff,
+            ListArchiveInfo: self.list_archives,
+            GetArchiveInfo: self.archive_info,
+        }
+
+    # --- of every daemon
+
+    async def version(self, _conn: Connection, _request: GetVersion) -> VersionInfo:
+        return VersionInfo(
+            version=__version__,
+            protocol_min=VERSION_MIN,
+            protocol_max=VERSION_MAX,
+            log_format=LOG_VERSION,
+            python=platform.python_version(),
+        )
+
+    async def host_type(self, _conn: Connection, _request: GetHostType) -> HostType:
+        return HostType(kind=Kind.PROXY)
+
+    async def pid(self, _conn: Connection, _request: GetPid) -> IntValue:
+        return IntValue(value=os.getpid())
+
+    async def handler_stat(self, _conn: Connection, _request: GetHandlerStat) -> RequestStats:
+        rows = [
+            (tag, node, stat.count, stat.elapsed_s / stat.count if stat.count else 0.0)
+            for (tag, node), stat in sorted(self._stats().items())
+        ]
+        return RequestStats(rows=rows)
+
+    async def state(self, _conn: Connection, request: GetState) -> TextValue:
+        return TextValue(value=self._find(request.volume).state_text)
+
+    async def list_volumes(self, _conn: Connection, _request: GetVolumes) -> Names:
+        return Names(names=sorted(self._volumes))
+
+    async def num_action(self, _conn: Connection, request: GetNumAction) -> IntValue:
+        volume = self._find(request.volume)
+        if request.action == WDIFF_SEND:
+            return IntValue(value=volume.machine.running(WDIFF_SEND))
+        if request.action in volume.hops:
+            return IntValue(value=int(volume.hops[request.action].sending))
+        raise NotFound(
+            "unknown action",
+            hint=f"actions of a proxy are {WDIFF_SEND}, or the name of an archive for the sending to it",
+            action=request.action,
+        )
+
+    async def actions(self, _conn: Connection, _request: GetActions) -> Actions:
+        rows = [
+            (volume.name, action, info.count, info.began)
+            for volume in self._sorted()
+            for action, info in sorted(volume.machine.actions.items())
+        ]
+        return Actions(rows=rows)
+
+    async def list_jobs(self, _conn: Connection, request: GetJobs) -> JobList:
+        return JobList(jobs=[job.info() for job in self._jobs.of(request.volume)])
+
+    # --- of proxies
+
+    async def latest_snap(self, _conn: Connection, request: GetLatestSnap) -> Latest:
+        volumes = [self._find(request.volume)] if request.volume else self._sorted()
+        if request.volume:
+            volumes[0].check(Command.GET_LATEST_SNAP)
+        rows = []
+        for volume in volumes:
+            for archive, hop in sorted(volume.hops.items()):
+                newest = hop.diffs.newest()
+                gid, time = (newest.end.gid_b, newest.timestamp) if newest is not None else (NO_GID, 0)
+                rows.append((volume.name, archive, int(gid), 0, time))
+        return Latest(rows=rows)
+
+    async def is_wdiff_send_error(self, _conn: Connection, request: GetIsWdiffSendError) -> BoolValue:
+        volume = self._find(request.volume)
+        volume.check(Command.GET_SEND_ERROR)
+        return BoolValue(value=volume.hop(request.archive).needs_person)
+
+    async def proxy_diff(self, _conn: Connection, request: GetProxyDiff) -> Diffs:
+        volume = self._find(request.volume)
+        diffs = volume.hop(request.archive).diffs if request.archive else volume.received
+        return Diffs(diffs=list(diffs))
+
+    async def list_archives(self, _conn: Connection, request: ListArchiveInfo) -> Names:
+        return Names(names=sorted(self._find(request.volume).hops))
+
+    async def archive_info(self, _conn: Connection, request: GetArchiveInfo) -> ArchiveInfo:
+        entry = self._find(request.volume).hop(request.archive).entry
+        return ArchiveInfo(
+            archive=request.archive, address=entry.address, compress=entry.compress, delay_s=entry.delay_s
+        )
+
+    async def status(self, _conn: Connection, request: GetStatus) -> StatusReply:
+        volumes = [self._find(request.volume)] if request.volume else self._sorted()
+        keys = [row for row in self._scheduler.waiting() if request.volume in ("", row.key.volume)]
+        return StatusReply(
+            node=self._config.name,
+            kind=Kind.PROXY,
+            version=__version__,
+            pid=os.getpid(),
+            now=self._env.clock.now(),
+            server=await self._server_facts(),
+            volumes=[volume_status(volume) for volume in volumes],
+            tasks=[
+                TaskStatus(key=str(row.key), due_in_s=round(row.due_in_s, 3), failures=row.failures)
+                for row in keys
+            ],
+        )
+
+    def _sorted(self) -> list[Volume]:
+        return [volume for _, volume in sorted(self._volumes.items())]
+
+    async def _server_facts(self) -> dict[str, Fact]:
+        config = self._config
+        facts: dict[str, Fact] = {
+            "base_dir": config.base_dir,
+            "wdiff_send_size_max": config.wdiff_send_size_max,
+            "wdiff_send_count_max": config.wdiff_send_count_max,
+            "receives_max": config.receives_max,
+            "sends_max": config.sends_max,
+            "connections_max": config.connections_max,
+            "receiving": self._receiver.running,
+            "sending": sum(volume.machine.running(WDIFF_SEND) for volume in self._volumes.values()),
+            "wdiffs_b": sum(waiting(volume)[1] for volume in self._volumes.values()),
+        }
+        try:
+            base = Path(config.base_dir)
+            facts["free_b"] = await self._env.pools.run(Pool.QUERY, self._env.fs.free_b, base)
+        except DiskFailed as exc:
+            facts["disk_error"] = str(exc)
+        return facts
+
+
+def volume_status(volume: Volume) -> VolumeStatus:
+    """Return what a proxy tells of a volume."""
+    count, size_b = waiting(volume)
+    newest = max(
+        (diff for hop in volume.hops.values() if (diff := hop.diffs.newest()) is not None),
+        key=lambda diff: diff.end.gid_b,
+        default=None,
+    )
+    error = str(volume.broken) if volume.broken is not None else "; ".join(volume.troubles)
+    stopping = volume.machine.stopping
+    return VolumeStatus(
+        volume=volume.name,
+        state=volume.state_text,
+        stopping=str(stopping) if stopping is not None else "",
+        actions={name: info.count for name, info in volume.machine.actions.items() if info.count},
+        size_lb=volume.record.size_lb,
+        latest_gid=newest.end.gid_b if newest is not None else 0,
+        latest_time=newest.timestamp if newest is not None else 0,
+        received=volume.last_received,
+        diffs=count,
+        diffs_b=size_b,
+        hops=[hop_status(hop) for _, hop in sorted(volume.hops.items())],
+        error=error,
+    )
+
+
+def hop_status(hop: Hop) -> HopStatus:
+    """Return what waits for one archive."""
+    first = hop.diffs.first
+    return HopStatus(
+        dest=hop.archive,
+        address=hop.entry.address,
+        sending=hop.sending,
+        diffs=len(hop.diffs),
+        size_b=hop.diffs.size_b,
+        gid_b=first.begin.gid_b if first is not None else 0,
+        gid_e=hop.diffs.gid_e,
+        oldest=first.timestamp if first is not None else 0,
+        last_sent=hop.last_sent,
+        error=hop.needs_person,
+        error_text=hop.error_text,
+    )
+
+
+def waiting(volume: Volume) -> tuple[int, int]:
+    """Return how many wdiffs a volume holds, and their size [byte]; one for several archives counts once."""
+    sets = [diffs for diffs in (volume.received, *(hop.diffs for hop in volume.hops.values())) if diffs]
+    if len(sets) <= 1:
+        return (len(sets[0]), sets[0].size_b) if sets else (0, 0)
+    diffs: dict[Diff, int] = {diff: diff.size_b for each in sets for diff in each}
+    return len(diffs), sum(diffs.values())

@@ -1,0 +1,264 @@
+"""Sending wdiffs to archives: one keyed task per volume and archive, and what each answer leads to.
+
+Nothing is deleted before the archive has acknowledged it, or has said that it never needs it. Attempts never
+end: their delay grows up to a cap. The error flag says that waiting alone does not help; it is tried slowly all
+the same, as the cause may be removed at the archive. Source: docs/proxy.md, Sending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple
+
+import structlog
+
+from walbd.daemon.conn import Connection, Me, dial
+from walbd.daemon.env import Env, Pool
+from walbd.daemon.net import parse_address
+from walbd.daemon.scheduler import Again
+from walbd.errors import (
+    ConnectError,
+    CorruptData,
+    DiskFailed,
+    ForceStopped,
+    HistoryBroken,
+    Refused,
+    TimedOut,
+    WalbError,
+)
+from walbd.format.compress import CompressOpt
+from walbd.format.wdiff_merge import merge
+from walbd.protocol.base import End, Kind, Ok
+from walbd.protocol.transfer import Verdict, WdiffChunk, WdiffOffer, WdiffVerdict
+from walbd.proxy.config import ProxyConfig
+from walbd.proxy.probe import Prober
+from walbd.proxy.states import WDIFF_SEND
+from walbd.proxy.volume import Hop, Selection, Volume
+from walbd.units import MIB
+
+log = structlog.get_logger()
+
+_CHUNK_B: Final = 1 * MIB  # packs are gathered up to this before they are sent
+_FOREVER_S: Final = 365 * 86400.0
+
+NEVER_NEEDED: Final = frozenset({Verdict.DIFFERENT_UUID, Verdict.TOO_OLD})
+NEEDS_PERSON: Final = {
+    Verdict.SMALLER: "the image at the archive is smaller than the volume: grow it there (resize)",
+    Verdict.NOT_FOUND: "the archive does not know the volume: make it known there, or delete the archive here",
+}
+NOT_YET: Final = {
+    Verdict.STOPPED: "the volume is stopped at the archive",
+    Verdict.SYNCING: "a backup to the archive is running",
+    Verdict.BUSY: "the archive is receiving another wdiff of the volume",
+    Verdict.NOT_READY: "the archive has no complete image of the volume, or a replication writes it",
+    Verdict.TOO_NEW: "a wdiff before it has not reached the archive: another proxy may have it",
+    Verdict.NOT_APPLICABLE: "the wdiff compares with another image than the archive has",
+}
+
+
+class SendKey(NamedTuple):
+    """What a send task is for."""
+
+    volume: str
+    archive: str
+
+    def __str__(self) -> str:
+        return f"{self.volume} to {self.archive}"
+
+
+class NotTaken(Refused):
+    """The archive does not take the wdiff now; it will, or somebody is told by the state of the archive."""
+
+    code = "wdiff-not-taken"
+    retryable = True
+
+
+class WrongArchive(Refused):
+    """Another server answers at the archive's address: what it says of a wdiff must not be believed."""
+
+    code = "wrong-archive"
+
+
+class Sender:
+    """The work behind each key of the send scheduler."""
+
+    def __init__(
+        self,
+        env: Env,
+        me: Me,
+        config: ProxyConfig,
+        volumes: Mapping[str, Volume],
+        prober: Prober,
+        *,
+        n_max: int,
+    ) -> None:
+        """`n_max` bounds the files of one transfer (settings, and what the system lets us open)."""
+        self._env = env
+        self._me = me
+        self._config = config
+        self._volumes = volumes
+        self._prober = prober
+        self._n_max = n_max
+
+    async def run(self, key: SendKey) -> Again | None:
+        """Send what can go as one wdiff. Raises what the scheduler should try again after."""
+        volume = self._volumes.get(key.volume)
+        hop = volume.hops.get(key.archive) if volume is not None else None
+        if volume is None or hop is None or not volume.may_send:
+            return None
+        with (
+            structlog.contextvars.bound_contextvars(volume=volume.name, archive=hop.archive),
+            volume.machine.action(WDIFF_SEND, self._env.clock.now()),
+        ):
+            hop.sending = True
+            try:
+                return await volume.unless_forced(self._attempt(volume, hop))
+            except ForceStopped:
+                return None
+            except (CorruptData, WrongArchive) as exc:
+                return self._flag(hop, str(exc), exc)
+            except WalbError as exc:
+                hop.error_text = str(exc)
+                raise
+            finally:
+                hop.sending = False
+                volume.machine.changed.set()
+
+    async def _attempt(self, volume: Volume, hop: Hop) -> Again | None:
+        try:
+            await volume.link_received()  # what an error has left there
+        except DiskFailed as exc:
+            # Sending goes on: it is what makes room. Nothing is lost, the next attempt links again.
+            log.error("volume.link_failed", code=exc.code, error=str(exc))
+        if not hop.diffs:
+            return None
+        address = hop.entry.address
+        if self._prober.is_down(address):
+            raise ConnectError("the archive is down", hint="it is looked for all the time", address=address)
+        connected = False
+        try:
+            async with dial(self._env, self._me, parse_address(address)) as conn:
+                connected = True
+                self._check_peer(conn, hop)
+                return await self._offer(conn, volume, hop)
+        except (ConnectError, TimedOut):
+            if not connected:
+                self._prober.watch(address)
+            raise
+
+    def _check_peer(self, conn: Connection, hop: Hop) -> None:
+        """Raise WrongArchive: a wrong address must not make us delete what the right archive needs."""
+        if conn.peer.kind is not Kind.ARCHIVE or conn.peer.node != hop.archive:
+            raise WrongArchive(
+                "another server answers at the address of the archive",
+                hint="give the right address with archive-info update, or the archive its right node_id",
+                address=hop.entry.address,
+                wanted=hop.archive,
+                got=f"{conn.peer.kind} {conn.peer.node}",
+            )
+
+    async def _offer(self, conn: Connection, volume: Volume, hop: Hop) -> Again | None:
+        size_max_b = self._config.wdiff_send_size_max
+        async with volume.select(hop, size_max_b=size_max_b, n_max=self._n_max) as chosen:
+            if chosen is None:
+                return None
+            answer = await conn.call(
+                WdiffOffer(
+                    volume=volume.name,
+                    sender=Kind.PROXY,
+                    uuid=chosen.uuid,
+                    size_lb=chosen.size_lb,
+                    diff=chosen.merged,
+                )
+            )
+            return await self._obey(answer, conn, volume, hop, chosen)
+
+    async def _obey(
+        self, answer: WdiffVerdict, conn: Connection, volume: Volume, hop: Hop, chosen: Selection
+    ) -> Again | None:
+        verdict = answer.verdict
+        if verdict is Verdict.ACCEPT:
+            await self._stream(conn, hop, chosen)
+            hop.last_sent = self._env.clock.now()
+        elif verdict in NEVER_NEEDED:
+            log.warning(
+                "wdiff.not_needed",
+                reason=str(verdict),
+                diff=str(chosen.merged),
+                wdiffs=len(chosen.taken),
+                uuid=chosen.uuid.hex(),
+                latest=str(answer.latest),
+            )
+        elif verdict in NEEDS_PERSON:
+            text = answer.hint or NEEDS_PERSON[verdict]
+            return self._flag(hop, f"{verdict}: {text}", None)
+        else:
+            cls = HistoryBroken if verdict is Verdict.TOO_NEW else NotTaken
+            raise cls(
+                "the archive does not take the wdiff now",
+                hint=answer.hint or NOT_YET[verdict],
+                verdict=str(verdict),
+                diff=str(chosen.merged),
+                latest=str(answer.latest),
+            )
+        hop.clear_flag()
+        await volume.drop(hop, chosen.taken)
+        return Again() if hop.diffs else None
+
+    async def _stream(self, conn: Connection, hop: Hop, chosen: Selection) -> None:
+        """Send the merged wdiff and wait until the archive has it durably."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        pieces = merge(chosen.readers, CompressOpt.parse(hop.entry.compress), uuid=chosen.uuid)
+        size_b = 0
+        ahead = asyncio.ensure_future(self._env.pools.run(Pool.SEND, gather_pieces, pieces))
+        # An error of the archive must be seen while we send, not after all of it has gone.
+        answer = asyncio.ensure_future(conn.expect(Ok, timeout_s=_FOREVER_S))
+        try:
+            while parts := await ahead:
+                ahead = asyncio.ensure_future(self._env.pools.run(Pool.SEND, gather_pieces, pieces))
+                await conn.send(WdiffChunk(), *parts)
+                size_b += sum(map(len, parts))
+                if answer.done():
+                    await answer
+                    raise conn.unexpected(Ok())
+            await conn.send(End())
+            if not answer.done():
+                answer.cancel()  # to begin again, with a deadline; what has arrived is not lost
+                await asyncio.wait({answer})
+            await (conn.expect(Ok) if answer.cancelled() else answer)
+        except CorruptData as exc:
+            await conn.send_error(exc)
+            raise
+        finally:
+            answer.cancel()
+            await asyncio.wait({answer, ahead})  # the files are in use until then
+            for task in (answer, ahead):
+                if not task.cancelled():
+                    task.exception()  # seen
+        log.info(
+            "wdiff.sent",
+            diff=str(chosen.merged),
+            wdiffs=len(chosen.taken),
+            size_b=size_b,
+            elapsed_s=round(loop.time() - started, 3),
+        )
+
+    def _flag(self, hop: Hop, text: str, error: WalbError | None) -> Again:
+        """Raise the error flag and try again slowly."""
+        again = Again(self._config.retry_delay_max_s)
+        log.error("wdiff.send_error_raised", error=text, hint=error.hint if error else "", retry_s=again.delay_s)
+        hop.flag(text)
+        return again
+
+
+def gather_pieces(pieces: Iterator[bytes]) -> list[bytes]:
+    """Take pieces until they come to a good size for one message; none: the end. Blocking."""
+    taken, size_b = [], 0
+    for piece in pieces:
+        taken.append(piece)
+        size_b += len(piece)
+        if size_b >= _CHUNK_B:
+            break
+    return taken

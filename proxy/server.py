@@ -1,0 +1,191 @@
+"""The proxy daemon: its volumes, and the life of the process."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from walbd.daemon.env import Env, Pool
+from walbd.daemon.jobs import Jobs
+from walbd.daemon.logs import error_fields
+from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
+from walbd.daemon.net import Address
+from walbd.daemon.scheduler import RetryPolicy, Scheduler
+from walbd.daemon.server import Server
+from walbd.errors import AlreadyExists, UsageError, WalbError
+from walbd.fs import File, FileSystem
+from walbd.ids import volume_name
+from walbd.protocol.base import Kind
+from walbd.protocol.transfer import WlogOffer
+from walbd.proxy.commands import Commands
+from walbd.proxy.config import ProxyConfig
+from walbd.proxy.probe import Prober
+from walbd.proxy.queries import Queries
+from walbd.proxy.queue import SendQueue
+from walbd.proxy.receive import Receiver
+from walbd.proxy.send import Sender, SendKey
+from walbd.proxy.states import State
+from walbd.proxy.volume import Volume
+
+log = structlog.get_logger()
+
+_LOCK_NAME: Final = ".lock"
+_OTHER_FILES: Final = 512  # descriptors for everything but the wdiffs of transfers
+
+
+class ProxyServer:
+    """A proxy: takes wlogs from storages, keeps them as wdiffs, sends these to archives."""
+
+    def __init__(self, config: ProxyConfig, env: Env, shutdown: Shutdown) -> None:
+        self.config = config
+        self.env = env
+        self.volumes: dict[str, Volume] = {}
+        me = identity(config, Kind.PROXY)
+        self.jobs = Jobs(env.clock)
+        n_max = open_files_per_send(config.sends_max, config.wdiff_send_count_max)
+        self.prober = Prober(env, me, config.probe_interval_s, self._is_wanted, self._archive_is_back)
+        sender = Sender(env, me, config, self.volumes, self.prober, n_max=n_max)
+        self.scheduler: Scheduler[SendKey] = Scheduler(
+            sender.run,
+            workers=config.sends_max,
+            retry=RetryPolicy(config.retry_delay_min_s, config.retry_delay_max_s),
+            name="wdiff-send",
+        )
+        self.sends = SendQueue(self.scheduler, self.prober)
+        self.receiver = Receiver(env, config, self.find, self.sends.push)
+        self.commands = Commands(self.volumes, self.find, self.sends, self.jobs, shutdown)
+        queries = Queries(
+            env,
+            config,
+            self.volumes,
+            self.find,
+            self.scheduler,
+            self.receiver,
+            self.jobs,
+            lambda: self.server.stats,
+        )
+        self.server = Server(
+            env,
+            me,
+            {**queries.handlers(), **self.commands.handlers(), WlogOffer: self.receiver.serve},
+            connections_max=config.connections_max,
+        )
+        self._lock_file: File | None = None
+
+    def find(self, name: str) -> Volume:
+        """Return a volume; for an unknown name a Clear one that is not kept. Raises UsageError for a bad name."""
+        volume = self.volumes.get(name)
+        return volume if volume is not None else Volume(self.env, volume_name(name), self._base / name)
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Read all volumes, start them, listen."""
+        self.commands.tasks = tasks
+        run = self.env.pools.run
+        self._lock_file = await run(Pool.RECORD, take_base_dir, self.env.fs, self._base)
+        names = await run(Pool.RECORD, volume_names, self.env.fs, self._base)
+        async with asyncio.TaskGroup() as loading:
+            for name in names:
+                loading.create_task(self._load(name), name=f"load:{name}")
+        tasks.create_task(self.scheduler.run(), name="send scheduler")
+        tasks.create_task(self.prober.run(), name="prober")
+        tls = tls_context(self.config, server=True)
+        await self.server.listen(tasks, [Address(self.config.listen, self.config.port)], tls)
+        for address in self.server.addresses:
+            log.info("daemon.listening", address=str(address), volumes=len(self.volumes))
+
+    async def stop(self, mode: ShutdownMode) -> None:
+        """Take no new work and return when the running work has ended, or has given up."""
+        force = mode is ShutdownMode.FORCE
+        self.scheduler.drain()
+        if force:
+            for volume in self.volumes.values():
+                volume.give_up()
+        self.commands.close()
+        await self.server.stop(force=force)
+        await self.scheduler.idle()
+        await self.jobs.idle()
+        self.release()
+
+    def release(self) -> None:
+        """Let another process have the directory."""
+        if self._lock_file is not None:
+            self._lock_file.close()
+
+    @property
+    def _base(self) -> Path:
+        return Path(self.config.base_dir)
+
+    async def _load(self, name: str) -> None:
+        volume = Volume(self.env, name, self._base / name)
+        await volume.load()
+        if volume.machine.state is State.CLEAR:
+            return
+        self.volumes[name] = volume
+        if volume.machine.state is not State.STOPPED or self.config.start_stopped:
+            return
+        try:
+            await volume.start(at_start_up=True)
+        except WalbError as exc:
+            log.error("volume.start_failed", volume=name, **error_fields(exc))
+        else:
+            self.sends.hurry(volume)
+
+    def _is_wanted(self, address: str) -> bool:
+        """Say whether something waits for the archive at an address."""
+        return any(
+            hop.entry.address == address and (hop.diffs or volume.received)
+            for volume in self.volumes.values()
+            if volume.may_send
+            for hop in volume.hops.values()
+        )
+
+    def _archive_is_back(self, address: str) -> None:
+        def waits_for_it(key: SendKey) -> bool:
+            volume = self.volumes.get(key.volume)
+            hop = volume.hops.get(key.archive) if volume is not None else None
+            return hop is not None and hop.entry.address == address
+
+        self.scheduler.hurry_waiting(waits_for_it)
+
+
+def take_base_dir(fs: FileSystem, base: Path) -> File:
+    """Make the base directory if it is missing and lock it; raises Busy when another process has it. Blocking."""
+    fs.make_dir(base, parents=True)
+    path = base / _LOCK_NAME
+    if not fs.exists(path):
+        try:
+            fs.open(path, create=True).close()
+        except AlreadyExists:
+            pass
+    return fs.open(path, write=True, lock=True)
+
+
+def volume_names(fs: FileSystem, base: Path) -> list[str]:
+    """Return the names of all directories that can be volumes. Blocking."""
+    names = []
+    for name in fs.list_names(base):
+        try:
+            volume_name(name)
+        except UsageError:
+            continue
+        if fs.is_dir(base / name):
+            names.append(name)
+    return names
+
+
+def open_files_per_send(sends: int, wanted: int) -> int:
+    """Return how many wdiffs one transfer may open, after asking the system for as many as all of them want."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = _OTHER_FILES + sends * wanted
+    if soft != resource.RLIM_INFINITY and soft < need:
+        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < need:
+            per_send = max((soft - _OTHER_FILES) // sends, 16)
+            log.warning("daemon.few_files", limit=soft, wanted=need, wdiffs_per_transfer=per_send)
+            return min(per_send, wanted)
+    return wanted
