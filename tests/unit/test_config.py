@@ -49,6 +49,7 @@ def test_options_alone() -> None:
         {"port": "-1"},
         {"port": "x"},
         {"limit_b": "1x"},
+        {"limit_b": -1},
         {"log_level": "loud"},
         {"listen": "0.0.0.0"},
         {"tls_cert": "a"},

@@ -22,7 +22,7 @@ from walbd.ids import node_name
 from walbd.units import parse_size
 
 _SIZE: Final = {"size": True}
-Size = Annotated[int, Meta(ge=0, extra=_SIZE)]
+Size = Annotated[int, Meta(extra=_SIZE)]  # [byte], never negative; a field may add bounds of its own
 Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
 Delay = Annotated[float, Meta(gt=0, le=86400)]  # a deadline or a pause [s], never zero
 Count = Annotated[int, Meta(ge=1, le=100_000)]
@@ -164,6 +164,8 @@ def load(cls: type[C], path: Path | None, options: Mapping[str, Any]) -> C:
 
 def _convert(setting: Setting, value: Any) -> Any:
     """Turn text from the command line, and sizes written as text, into the field's type."""
+    if setting.is_size and type(value) is int and value < 0:
+        raise ConfigError("a size cannot be negative", setting=setting.name, value=value)
     if not isinstance(value, str):
         return float(value) if setting.type is float and type(value) is int else value
     try:
