@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Final, Literal
+from pathlib import Path
+from typing import Final, Literal, Protocol
 
+from walbd.ext.buffers import Buf
 from walbd.ext.wdiff import plan_runs
 from walbd.format.extents import EXTENT_B, Check, last_end_lb, merge_extents, no_check
 from walbd.format.wdiff_batch import Batcher
 from walbd.format.wdiff_merge import check_inside
 from walbd.format.wdiff_read import WdiffReader
-from walbd.fs.disk import File, OsFile
+from walbd.fs.disk import OsFile
 from walbd.units import LB, MIB
 
 BATCH_MAX: Final = 1024  # extents handled at a time
@@ -25,9 +27,21 @@ ZERO_MIN_LB: Final = 32  # ranges of zeros from this size on are given back to t
 _PIECE: Final = struct.Struct("<QQQ")
 
 
+class Image(Protocol):
+    """The part of a File that applying needs."""
+
+    path: Path
+
+    def pwrite(self, data: Buf, offset_b: int) -> None: ...
+
+    def zero(self, offset_b: int, size_b: int) -> None: ...
+
+    def size(self) -> int: ...
+
+
 def apply(
     readers: Sequence[WdiffReader],
-    image: File,
+    image: Image,
     *,
     discard: Literal["zero", "ignore"] = "zero",
     size_lb: int | None = None,
@@ -62,7 +76,7 @@ def apply(
     return count
 
 
-def _write(image: File, raw: memoryview, runs: bytes) -> None:
+def _write(image: Image, raw: memoryview, runs: bytes) -> None:
     if isinstance(image, OsFile):
         image.pwrite_many(runs, raw)
         return
