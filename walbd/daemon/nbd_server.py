@@ -388,7 +388,8 @@ class _Connection(asyncio.BufferedProtocol):
             log.warning("nbd.tls_failed", peer=self.peer, **error_fields(exc))
             transport.abort()
             return
-        assert self._transport is not None
+        if self._transport is None:
+            return  # the client left meanwhile
         self._transport.set_write_buffer_limits(high=_UNSENT_MAX_B)
         self._holds.discard("tls")  # start_tls has resumed reading
 
