@@ -6,6 +6,7 @@ import random
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -25,10 +26,11 @@ from tests.kit.wdiffs import (
 )
 from walbd.errors import CorruptData, HistoryBroken, UsageError
 from walbd.ext.checksum import checksum
+from walbd.format import virtual as virtual_module
 from walbd.format.compress import CompressOpt, Kind
 from walbd.format.extents import FLAG_ALLZERO, FLAG_DISCARD, Extent, unpack_extents
 from walbd.format.logpack import LOG_RECORD
-from walbd.format.virtual import VirtualImage
+from walbd.format.virtual import VirtualImage, virtual_chunks
 from walbd.format.wdiff import (
     END_PACK,
     HEADER_B,
@@ -135,11 +137,25 @@ def test_virtual_images(drawn: list[Wdiff], offset: int, size: int, bulk_lb: int
     virtual = VirtualImage(MemoryFile(BASE[:base_b]), readers(drawn), DEVICE_B)
     expected = expected_image(drawn, base)
     assert virtual.read(offset, size) == expected[offset : offset + size]
-    pieces = [bytes(piece) for piece in virtual.chunks(bulk_lb * 512)]
-    assert pieces == [expected[i : i + bulk_lb * 512] for i in range(0, DEVICE_B, bulk_lb * 512)]
+    bulk_b = bulk_lb * 512
+    bulks = [expected[i : i + bulk_b] for i in range(0, DEVICE_B, bulk_b)]
+    assert [bytes(piece) for piece in virtual.chunks(bulk_b)] == bulks
+    once = virtual_chunks(MemoryFile(BASE[:base_b]), readers(drawn), DEVICE_B, bulk_b)
+    assert [bytes(piece) for piece in once] == bulks
     nothing = VirtualImage(None, readers(drawn), DEVICE_B)
     assert nothing.read(0, DEVICE_B) == expected_image(drawn, bytes(DEVICE_B))
     virtual.check_inside()
+
+
+@given(SETS, st.integers(1, 20))
+@settings(max_examples=40)
+def test_virtual_images_in_small_windows(drawn: list[Wdiff], bulk_lb: int) -> None:
+    expected = expected_image(drawn)
+    with mock.patch.object(virtual_module, "WINDOW_B", 4096), mock.patch.object(virtual_module, "_INDEX_BATCH", 2):
+        virtual = VirtualImage(MemoryFile(BASE), readers(drawn), DEVICE_B)
+        assert virtual.read(5, DEVICE_B) == expected[5:]
+        assert b"".join(virtual.chunks(bulk_lb * 512)) == expected
+        assert b"".join(virtual_chunks(MemoryFile(BASE), readers(drawn), DEVICE_B, bulk_lb * 512)) == expected
 
 
 def test_virtual_images_of_large_records() -> None:
@@ -155,11 +171,16 @@ def test_virtual_images_of_large_records() -> None:
             at, size = rng.randrange(len(base)), rng.randrange(10_000)
             assert virtual.read(at, size) == expected[at : at + size]
         assert b"".join(virtual.chunks(4096)) == expected
+        assert b"".join(virtual_chunks(MemoryFile(base), [open_wdiff(file)], len(base), 4096)) == expected
 
 
 def test_virtual_images_refuse_odd_sizes() -> None:
     with pytest.raises(UsageError):
         VirtualImage(None, [], 513)
+    with pytest.raises(UsageError):
+        next(virtual_chunks(None, [], 513, 512))
+    with pytest.raises(UsageError):
+        next(virtual_chunks(None, [], 512, 100))
     virtual = VirtualImage(None, [], 1024)
     with pytest.raises(UsageError):
         next(virtual.chunks(513))
@@ -184,6 +205,8 @@ def test_records_beyond_the_end_are_refused(drawn: list[Wdiff], size_lb: int) ->
     assert image.n_writes == 0  # small enough for one batch
     with pytest.raises(CorruptData, match="beyond the end"):
         virtual.check_inside()
+    with pytest.raises(CorruptData, match="beyond the end"):
+        list(virtual_chunks(None, readers(drawn), size_lb * 512, 512))
     assert virtual.read(0, 1 << 30) == expected_image(drawn, bytes(DEVICE_B))[: size_lb * 512]
     for wdiff in drawn:
         if max((io.offset_lb + io.size_lb for io in wdiff.ios), default=0) > size_lb:

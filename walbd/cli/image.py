@@ -37,18 +37,16 @@ def cat(base: Path, files: tuple[Path, ...], out: Path) -> None:
     error.
     """
     from walbd.ext.checksum import is_zero
-    from walbd.format.virtual import VirtualImage
+    from walbd.format.virtual import virtual_chunks
     from walbd.format.wdiff_read import open_wdiff
 
     fs = OsFileSystem()
     with ExitStack() as stack:
         source = stack.enter_context(fs.open(base))
         readers = [open_wdiff(stack.enter_context(fs.open(file))) for file in files]
-        virtual = VirtualImage(source, readers, source.size())
-        virtual.check_inside()
         with output_file(fs, out) as target:
             at = 0
-            for piece in virtual.chunks(_PIECE_B):
+            for piece in virtual_chunks(source, readers, source.size(), _PIECE_B):
                 if not is_zero(piece):
                     target.pwrite(piece, at)
                 at += len(piece)

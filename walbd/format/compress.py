@@ -33,7 +33,6 @@ from walbd.ext.buffers import Buf
 _LZMA_MEMORY_MAX_B: Final = 128 << 20  # enough for every preset; a hostile header cannot ask for more
 
 TODO: Final = struct.Struct("<QQQ")  # memory area, place, size [byte]: a range to compress
-_RESULT: Final = struct.Struct("<QQ")  # place and size in the output; size 0: did not shrink
 _JOB: Final = struct.Struct("<QQIIII")  # wdiff_job of ext/src/wdiff.h
 
 
@@ -123,39 +122,35 @@ def compress_ranges(opt: CompressOpt, areas: Sequence[memoryview], todo: bytes, 
     """
     if opt.kind is Kind.NONE:
         return b""
-    pack = _RESULT.pack
-    results: list[bytes] = []
+    results: list[int] = []
     at = 0
     if opt.kind is Kind.SNAPPY:
         compress_into = cramjam.snappy.compress_raw_into
         for area, begin, size in TODO.iter_unpack(todo):
             n = compress_into(areas[area][begin : begin + size], out[at:])
             if n < size:
-                results.append(pack(at, n))
+                results += (at, n)
                 at += n
             else:
-                results.append(pack(0, 0))
-        return b"".join(results)
-    compressor = _compressor(opt)
-    for area, begin, size in TODO.iter_unpack(todo):
-        packed = compressor(areas[area][begin : begin + size])
-        n = len(packed)
-        if n < size:
-            out[at : at + n] = packed
-            results.append(pack(at, n))
-            at += n
-        else:
-            results.append(pack(0, 0))
-    return b"".join(results)
+                results += (0, 0)
+    else:
+        compressor = _compressor(opt)
+        for area, begin, size in TODO.iter_unpack(todo):
+            packed = compressor(areas[area][begin : begin + size])
+            n = len(packed)
+            if n < size:
+                out[at : at + n] = packed
+                results += (at, n)
+                at += n
+            else:
+                results += (0, 0)
+    return struct.pack(f"<{len(results)}Q", *results)
 
 
 def room_for(todo: bytes) -> int:
     """Return how large the output of `compress_ranges` must be for these ranges [byte]."""
-    total = largest = 0
-    for _, _, size in TODO.iter_unpack(todo):
-        total += size
-        largest = max(largest, size)
-    return total + largest // 6 + 64  # what does not shrink needs its room only while it is tried
+    sizes = memoryview(todo).cast("Q")[2::3].tolist()
+    return sum(sizes) + max(sizes, default=0) // 6 + 64  # what does not shrink needs room only while it is tried
 
 
 def decompress_jobs(jobs: bytes, stored: memoryview, raw: memoryview) -> None:

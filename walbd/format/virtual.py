@@ -1,8 +1,9 @@
 """Virtual images: a base image seen through wdiffs that are not applied.
 
 Where a wdiff has a record, its data is shown; discarded and all-zero ranges read as zeros; the rest comes from the
-base, and reads as zeros beyond its end or without one. Only the index of what is visible is kept in memory
-(40 bytes for each extent); data is fetched as it is read.
+base, and reads as zeros beyond its end or without one. `VirtualImage` reads anywhere and keeps only the index of
+what is visible in memory (40 bytes for each extent); `virtual_chunks` goes through the image once, in memory that
+does not depend on the wdiffs. Data is fetched as it is read.
 
 Source: docs/formats.md, "wdiff: virtual images".
 """
@@ -17,12 +18,12 @@ from typing import Final
 from walbd.errors import UsageError
 from walbd.ext.extent import clip
 from walbd.ext.wdiff import plan_window
-from walbd.format.extents import EXTENT, EXTENT_B, Check, merge_extents, no_check
+from walbd.format.extents import EXTENT, EXTENT_B, Check, last_end_lb, merge_extents, no_check
 from walbd.format.files import ReadFile
 from walbd.format.wdiff_batch import Batcher
 from walbd.format.wdiff_merge import check_inside
 from walbd.format.wdiff_read import WdiffReader
-from walbd.units import LB, MIB
+from walbd.units import LB, MIB, UINT64_MAX
 
 WINDOW_B: Final = 1 * MIB  # of the image put together at a time
 _INDEX_BATCH: Final = 4096
@@ -40,22 +41,14 @@ class VirtualImage:
         self, base: ReadFile | None, readers: Sequence[WdiffReader], size_b: int, *, check: Check = no_check
     ) -> None:
         """Read the indexes of all wdiffs; raises CorruptData."""
-        if size_b % LB:
-            raise UsageError("the size of an image is a multiple of 512 bytes", size_b=size_b)
+        _check_size(size_b)
         self.size_b = size_b
-        self._base = base
         self._files = [reader.file for reader in readers]
-        parts = []
-        for part in merge_extents(
-            [reader.extents(i) for i, reader in enumerate(readers)], n_max=_INDEX_BATCH, lb_max=1 << 62
-        ):
+        self._windows = _Windows(base, self._files)
+        self._extents = bytearray()
+        for part in _merged(readers):
             check()
-            parts.append(part)
-        self._extents = b"".join(parts)
-        self._local = threading.local()
-        self._cache: OrderedDict[bytes, bytes] = OrderedDict()
-        self._cache_b = 0
-        self._lock = threading.Lock()
+            self._extents += part
 
     @property
     def n_extents(self) -> int:
@@ -65,7 +58,7 @@ class VirtualImage:
     def check_inside(self) -> None:
         """Raise CorruptData if a wdiff has a record that ends beyond the image."""
         if self._extents:
-            check_inside(self._extents, self.size_b // LB, self._files)
+            check_inside(bytes(self._extents[-EXTENT_B:]), self.size_b // LB, self._files)
 
     def read(self, offset_b: int, size_b: int) -> bytes:
         """Return `size_b` bytes from `offset_b` on, fewer only at the end of the image; raises CorruptData."""
@@ -79,40 +72,110 @@ class VirtualImage:
         parts = [bytes(self._window(at, min(at + window_lb, end_lb))) for at in range(begin_lb, end_lb, window_lb)]
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         skip = offset_b - begin_lb * LB
-        return data if skip == 0 and len(data) == end_b - offset_b else data[skip : skip + end_b - offset_b]
+        return data if len(data) == end_b - offset_b else data[skip : skip + end_b - offset_b]
 
     def chunks(self, bulk_b: int, *, check: Check = no_check) -> Iterator[memoryview]:
         """Yield the whole image in order, in pieces of `bulk_b` bytes, the last of which may be shorter.
 
         Each piece is memory of its own. Raises CorruptData.
         """
-        if bulk_b <= 0 or bulk_b % LB:
-            raise UsageError("the piece size is a multiple of 512 bytes", bulk_b=bulk_b)
-        window_b = max(WINDOW_B // bulk_b, 1) * bulk_b
-        for at in range(0, self.size_b, window_b):
+        _check_bulk(bulk_b)
+        for begin_lb, end_lb in _window_ranges(self.size_b, bulk_b):
             check()
-            end_b = min(at + window_b, self.size_b)
-            window = self._window(at // LB, end_b // LB)
-            for piece in range(0, end_b - at, bulk_b):
-                yield window[piece : piece + bulk_b]
+            yield from _pieces(self._window(begin_lb, end_lb), bulk_b)
 
     def _window(self, begin_lb: int, end_lb: int) -> memoryview:
-        """Return the blocks [begin_lb, end_lb)."""
+        return self._windows.read(begin_lb, end_lb, clip(self._extents, begin_lb, end_lb))
+
+
+def virtual_chunks(
+    base: ReadFile | None,
+    readers: Sequence[WdiffReader],
+    size_b: int,
+    bulk_b: int,
+    *,
+    check: Check = no_check,
+) -> Iterator[memoryview]:
+    """Yield a virtual image in order, in pieces of `bulk_b` bytes, the last of which may be shorter.
+
+    All files are gone through once. Each piece is memory of its own. Raises CorruptData, also when a record ends
+    beyond `size_b`.
+    """
+    _check_size(size_b)
+    _check_bulk(bulk_b)
+    files = [reader.file for reader in readers]
+    windows = _Windows(base, files)
+    batches = _merged(readers)
+    pending = b""  # extents that end behind the windows so far
+    more = True
+    for begin_lb, end_lb in _window_ranges(size_b, bulk_b):
+        check()
+        while more and (not pending or last_end_lb(pending) < end_lb):
+            batch = next(batches, None)
+            if batch is None:
+                more = False
+            else:
+                check_inside(batch, size_b // LB, files)
+                pending += batch
+        yield from _pieces(windows.read(begin_lb, end_lb, clip(pending, begin_lb, end_lb)), bulk_b)
+        pending = clip(pending, end_lb, UINT64_MAX)
+    for batch in batches:
+        check_inside(batch, size_b // LB, files)
+
+
+def _check_size(size_b: int) -> None:
+    if size_b % LB:
+        raise UsageError("the size of an image is a multiple of 512 bytes", size_b=size_b)
+
+
+def _check_bulk(bulk_b: int) -> None:
+    if bulk_b <= 0 or bulk_b % LB:
+        raise UsageError("the piece size is a multiple of 512 bytes", bulk_b=bulk_b)
+
+
+def _merged(readers: Sequence[WdiffReader]) -> Iterator[bytes]:
+    streams = [reader.extents(i) for i, reader in enumerate(readers)]
+    return merge_extents(streams, n_max=_INDEX_BATCH, lb_max=1 << 62)
+
+
+def _window_ranges(size_b: int, bulk_b: int) -> Iterator[tuple[int, int]]:
+    """Yield [begin, end) [logical block] of windows that hold whole pieces."""
+    window_b = max(WINDOW_B // bulk_b, 1) * bulk_b
+    for at in range(0, size_b, window_b):
+        yield at // LB, min(at + window_b, size_b) // LB
+
+
+def _pieces(window: memoryview, bulk_b: int) -> Iterator[memoryview]:
+    for at in range(0, len(window), bulk_b):
+        yield window[at : at + bulk_b]
+
+
+class _Windows:
+    """Puts ranges of the image together from the base and the data of extents. Safe from several threads."""
+
+    def __init__(self, base: ReadFile | None, files: Sequence[ReadFile]) -> None:
+        self._base = base
+        self._files = files
+        self._local = threading.local()
+        self._lock = threading.Lock()  # of the cache
+        self._cache: OrderedDict[bytes, bytes] = OrderedDict()  # decoded images, least recently used first
+        self._cache_b = 0
+
+    def read(self, begin_lb: int, end_lb: int, extents: bytes) -> memoryview:
+        """Return the blocks [begin_lb, end_lb); `extents` are what is visible there, clipped."""
         size_b = (end_lb - begin_lb) * LB
-        extents = clip(self._extents, begin_lb, end_lb)
         if not extents:
             window = memoryview(bytearray(size_b))
-            self._read_base(window, begin_lb * LB)
+            self._read_base(window, begin_lb)
             return window
-        batcher = self._batcher()
-        cached = self._take_large(extents)
         targets, fills = plan_window(extents, begin_lb)
+        cached = self._large_images(extents)
         if cached:
-            # Nowhere in the plan: they are put in from the cache below.
             extents, targets = _without(extents, targets, cached)
+        batcher = self._batcher()
         batcher.load(extents)
         raw = memoryview(bytearray(batcher.plan_decode(extents, targets, size_b)))
-        self._read_base(raw[:size_b], begin_lb * LB)
+        self._read_base(raw[:size_b], begin_lb)
         batcher.decode(raw, fills)
         for extent, data in cached.values():
             address_lb, _, blocks_lb, offset_lb = extent[:4]
@@ -120,12 +183,12 @@ class VirtualImage:
             raw[at : at + blocks_lb * LB] = memoryview(data)[offset_lb * LB : (offset_lb + blocks_lb) * LB]
         return raw[:size_b]
 
-    def _read_base(self, window: memoryview, offset_b: int) -> None:
+    def _read_base(self, window: memoryview, begin_lb: int) -> None:
         """Fill a window of zeros with the base, as far as that goes."""
         if self._base is not None:
-            self._base.pread_into(window, offset_b)
+            self._base.pread_into(window, begin_lb * LB)
 
-    def _take_large(self, extents: bytes) -> dict[int, tuple[tuple[int, ...], bytes]]:
+    def _large_images(self, extents: bytes) -> dict[int, tuple[tuple[int, ...], bytes]]:
         """Return, by number, the extents that need a small part of a large image, with the decoded image."""
         found: dict[int, tuple[tuple[int, ...], bytes]] = {}
         for i, extent in enumerate(EXTENT.iter_unpack(extents)):
