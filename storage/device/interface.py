@@ -34,7 +34,9 @@ class LogReader(Protocol):
 class DataReader(Protocol):
     """The volume as its user sees it now."""
 
-    size_b: int
+    @property
+    def size_b(self) -> int:
+        """Size when it was opened."""
 
     async def read(self, offset_b: int, size_b: int) -> memoryview:
         """Return bytes of the volume. Several reads may be on their way at once."""
