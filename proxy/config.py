@@ -24,9 +24,7 @@ class ProxyConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fields
     ] = 64 * MIB
     receives_max: Annotated[Count, Meta(description="wlogs received at the same time; more are refused")] = 32
     sends_max: Annotated[Count, Meta(description="transfers to archives at the same time; more wait")] = 8
-    probe_interval_s: Annotated[
-        Delay, Meta(description="how often an archive that is down is looked for")
-    ] = 1.0
+    probe_interval_s: Annotated[Delay, Meta(description="how often an archive that is down is looked for")] = 1.0
 
     def check(self) -> None:
         super().check()

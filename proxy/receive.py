@@ -68,10 +68,12 @@ class Receiver:
         with self._slot(offer.log_max_pb * offer.pbs):
             await self._check_space()
             volume.check(Command.RECEIVE)
-            async with volume.machine.transition(Command.RECEIVE, nothing_to_save):
-                await volume.unless_forced(self._receive(conn, offer, volume))
+            try:
+                async with volume.machine.transition(Command.RECEIVE, nothing_to_save):
+                    await volume.unless_forced(self._receive(conn, offer, volume))
+            finally:
+                self._received(volume)  # also after a failure: what has its name is linked by the next send
         # The volume can take the next wlog now; the storage may send it as soon as it has the acknowledgement.
-        self._received(volume)
         with disk_errors(volume.received_path, "acknowledge"):
             failpoints.hit(FP_BEFORE_ACK)
         return Ok()

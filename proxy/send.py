@@ -129,6 +129,8 @@ class Sender:
         try:
             await volume.link_received()  # what an error has left there
         except DiskFailed as exc:
+            if not hop.diffs:
+                raise
             # Sending goes on: it is what makes room. Nothing is lost, the next attempt links again.
             log.error("volume.link_failed", code=exc.code, error=str(exc))
         if not hop.diffs:
@@ -204,7 +206,7 @@ class Sender:
             )
         hop.clear_flag()
         await volume.drop(hop, chosen.taken)
-        return Again() if hop.diffs else None
+        return Again() if hop.diffs or volume.received else None
 
     async def _stream(self, conn: Connection, hop: Hop, chosen: Selection) -> None:
         """Send the merged wdiff and wait until the archive has it durably."""

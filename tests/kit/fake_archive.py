@@ -29,6 +29,10 @@ from walbd.protocol.transfer import Verdict, WdiffChunk, WdiffOffer, WdiffVerdic
 RELATIONS = {Relation.TOO_OLD: Verdict.TOO_OLD, Relation.TOO_NEW: Verdict.TOO_NEW}
 
 
+class Down(Exception):
+    """Ends an archive and everything that it does."""
+
+
 class MemoryFile:
     """Bytes that can be read like a file."""
 
@@ -109,11 +113,14 @@ class FakeArchive:
         self._server = Server(self._env, Me(self.name, self.kind, io_timeout_s=10), handlers)
 
         async def run(server: Server) -> None:
-            async with asyncio.TaskGroup() as tasks:
-                await server.listen(tasks, [self.address])
-                self.address = server.addresses[0]
-                listening.set()
-                await self._end.wait()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    await server.listen(tasks, [self.address])
+                    self.address = server.addresses[0]
+                    listening.set()
+                    await self._end.wait()
+                    raise Down
+            except* Down:
                 await server.stop(force=True)
 
         self._running = asyncio.create_task(run(self._server))

@@ -103,6 +103,9 @@ async def test_log_that_runs_in_elsewhere_counts_against_the_free_space(tmp_path
             assert await code_of_offer(rig, other, log_max_pb=free_pb * 2 // 3) == "disk-full"
 
 
+Send = Callable[[Connection, StorageSide, list[bytes]], Coroutine[Any, Any, None]]
+
+
 async def send_chunks(conn: Connection, storage: StorageSide, parts: list[bytes], lsid: int = 1000) -> int:
     for data in parts:
         message, payload = storage.chunk(lsid, data)
@@ -200,7 +203,7 @@ async def compared_diff(conn: Connection, storage: StorageSide, parts: list[byte
     await conn.send(WlogEnd(lsid=lsid, diff=dataclasses.replace(clean(0, 1), comp=True)))
 
 
-BROKEN = {
+BROKEN: dict[Send, str] = {
     wrong_lsid: "corrupt-data",
     chunk_left_out: "remote-protocol",
     chunk_twice: "remote-protocol",
@@ -224,9 +227,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("send", BROKEN, ids=lambda send: send.__name__)
-async def test_broken_streams_leave_nothing(
-    tmp_path: Path, send: Callable[[Connection, StorageSide, list[bytes]], Coroutine[Any, Any, None]]
-) -> None:
+async def test_broken_streams_leave_nothing(tmp_path: Path, send: Send) -> None:
     async with FakeArchive() as a0, proxy(tmp_path) as rig:
         await rig.begin(a0)
         storage = StorageSide(rig)

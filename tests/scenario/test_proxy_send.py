@@ -1,0 +1,298 @@
+"""What a proxy does with each answer of an archive, and when the archive is away or wrong."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kit.fake_archive import FakeArchive
+from tests.kit.logs import image_of
+from tests.kit.proxy_rig import ProxyRig, StorageSide, proxy, write
+from walbd.errors import Busy, DiskFull, WalbError
+from walbd.format.meta import Snapshot
+from walbd.protocol.base import Kind
+from walbd.protocol.control import GetIsWdiffSendError, Kick
+from walbd.protocol.transfer import Verdict
+from walbd.proxy.send import SendKey
+
+KEPT = [Verdict.STOPPED, Verdict.SYNCING, Verdict.BUSY, Verdict.NOT_READY, Verdict.TOO_NEW, Verdict.NOT_APPLICABLE]
+NEVER = {"retry_delay_min_s": 3600.0, "retry_delay_max_s": 3600.0}  # no retry by itself within a test
+
+
+async def is_send_error(rig: ProxyRig, archive: str = "a0") -> bool:
+    return (await rig.call(GetIsWdiffSendError(volume="vol0", archive=archive))).value
+
+
+@pytest.mark.parametrize("verdict", KEPT)
+async def test_not_yet_is_tried_again_for_ever(tmp_path: Path, verdict: Verdict) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(verdict)
+        await StorageSide(rig).send([write(0)])
+        await rig.until(lambda: len(a0.offers) >= 5)
+        assert await rig.waiting("a0") == ["|0|-->|1|"]
+        assert not await is_send_error(rig)
+        a0.refuse_all(None)
+        await rig.drained()
+        assert a0.diffs == ["|0|-->|1|"]
+
+
+async def test_delays_grow_up_to_the_cap(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path, retry_delay_min_s=0.001, retry_delay_max_s=0.004) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.SYNCING)
+        await StorageSide(rig).send([write(0)])
+        await rig.until(lambda: len(a0.offers) >= 6)
+        assert rig.server.scheduler.failures(SendKey("vol0", "a0")) >= 5
+
+
+@pytest.mark.parametrize("verdict", [Verdict.DIFFERENT_UUID, Verdict.TOO_OLD])
+async def test_never_needed_is_deleted_and_the_next_goes_at_once(tmp_path: Path, verdict: Verdict) -> None:
+    async with FakeArchive() as a0, FakeArchive("a1") as a1, proxy(tmp_path, **NEVER) as rig:
+        for archive in (a0, a1):
+            await rig.add(archive)
+        storage = StorageSide(rig)
+        a0.script.append(verdict)
+        a0.latest = Snapshot.clean(1)
+        await rig.begin()
+        hold = a0.hold = asyncio.Event()
+        a1.hold = hold
+        await storage.send([write(0)], mergeable=False)
+        await storage.send([write(50)], mergeable=False)
+        hold.set()
+        await rig.drained()
+        assert a0.answers == [verdict, Verdict.ACCEPT]
+        assert a0.diffs == ["|1|-->|2|"]
+        assert a1.diffs == ["|0|-->|1|", "|1|-->|2|"]  # the other archive's set is its own
+        assert not await is_send_error(rig)
+
+
+@pytest.mark.parametrize("verdict", [Verdict.SMALLER, Verdict.NOT_FOUND])
+async def test_what_needs_a_person_raises_the_flag_and_is_tried_slowly(tmp_path: Path, verdict: Verdict) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(verdict)
+        await StorageSide(rig).send([write(0)])
+        await rig.until(lambda: len(a0.offers) >= 3)
+        assert await is_send_error(rig)
+        hop = (await rig.status()).hops[0]
+        assert hop.error
+        assert str(verdict) in hop.error_text
+        assert await rig.waiting("a0") == ["|0|-->|1|"]
+        a0.refuse_all(None)  # a person has done something at the archive
+        await rig.drained()
+        assert not await is_send_error(rig)
+
+
+@pytest.mark.parametrize("how", ["kick", "kick archive", "start", "wlog"])
+async def test_flag_is_cleared(tmp_path: Path, how: str) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path, **NEVER) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.SMALLER)
+        storage = StorageSide(rig)
+        await storage.send([write(0)])
+        await rig.until(lambda: rig.hop().needs_person and not rig.hop().sending)
+        a0.refuse_all(None)
+        if how == "wlog":
+            await storage.send([write(1)])
+            assert not await is_send_error(rig)
+            return
+        if how == "start":
+            await rig.stop_volume()
+            await rig.begin()
+        else:
+            archive = "a0" if how == "kick archive" else ""
+            assert (await rig.call(Kick(volume="vol0", archive=archive))).tasks == 1
+        await rig.drained()
+        assert not await is_send_error(rig)
+
+
+async def test_kick_hurries_a_retry_and_a_new_wlog_does_not(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path, **NEVER) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.STOPPED)
+        storage = StorageSide(rig)
+        await storage.send([write(0)])
+        await rig.until(lambda: rig.server.scheduler.waiting())
+        await storage.send([write(1)])
+        (task,) = rig.server.scheduler.waiting()
+        assert task.due_in_s > 3000
+        assert (await rig.call(Kick())).tasks == 1
+        await rig.until(lambda: len(a0.offers) == 2)
+        a0.refuse_all(None)
+        await rig.until(lambda: rig.server.scheduler.waiting())
+        await rig.call(Kick(volume="vol0"))
+        await rig.drained()
+        assert a0.diffs == ["|0|-->|2|"]
+        assert (await rig.call(Kick())).tasks == 0  # nothing waits any more
+
+
+async def test_error_instead_of_a_verdict(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.script.extend([Busy("too many receptions"), WalbError("what is this")])
+        await StorageSide(rig).send([write(0)])
+        await rig.drained()
+        assert a0.answers == [Verdict.ACCEPT]
+
+
+async def test_error_in_the_middle_of_a_stream(tmp_path: Path) -> None:
+    async with FakeArchive(size_b=16 << 20) as a0, proxy(tmp_path, wdiff_send_count_max=1) as rig:
+        await rig.begin(a0)
+        a0.fail_in_stream = DiskFull("no space at the archive")
+        packs = [write(1024 * i, 1000, i + 1) for i in range(30)]
+        await StorageSide(rig, size_lb=1 << 15).send(packs)
+        await rig.until(lambda: a0.broken)
+        await rig.drained()
+        assert a0.answers == [Verdict.ACCEPT, Verdict.ACCEPT]
+        assert a0.image == image_of(bytes(a0.size_b), packs)
+
+
+async def test_archive_that_comes_back_is_noticed_without_a_kick(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path, **NEVER) as rig:
+        await rig.begin(a0)
+        storage = StorageSide(rig)
+        await storage.send([write(0)])
+        await rig.drained()
+        await a0.down()
+        await storage.send([write(50)])
+        await rig.until(lambda: rig.server.prober.is_down(str(a0.address)))
+        assert "connect" in (await rig.status()).hops[0].error_text
+        await a0.up()
+        await rig.drained()
+        assert a0.diffs == ["|0|-->|1|", "|1|-->|2|"]
+        assert (await rig.status()).hops[0].error_text == ""
+
+
+async def test_archive_that_dies_in_the_middle_of_a_transfer(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.hold = asyncio.Event()
+        await StorageSide(rig).send([write(0)])
+        await rig.until(lambda: a0.streaming)
+        await a0.down()
+        await rig.until(lambda: not rig.hop().sending)
+        assert await rig.waiting("a0") == ["|0|-->|1|"]
+        a0.hold = None
+        await a0.up()
+        await rig.drained()
+        assert a0.diffs == ["|0|-->|1|"]
+
+
+async def test_nothing_is_probed_when_nothing_waits(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        await a0.down()
+        await StorageSide(rig).send([write(0)])
+        address = str(a0.address)
+        await rig.until(lambda: rig.server.prober.is_down(address))
+        await rig.stop_volume()
+        await rig.until(lambda: not rig.server.prober.is_down(address))
+
+
+async def test_one_dead_archive_does_not_occupy_the_workers(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, FakeArchive("a1") as a1, proxy(tmp_path, sends_max=1) as rig:
+        await rig.begin(a0, a1)
+        await a0.down()
+        storage = StorageSide(rig)
+        for i in range(5):
+            await storage.send([write(i)])
+            await rig.drained("a1")
+        assert a1.latest.gid_b == 5
+        assert len(rig.hop("a0").diffs) == 5
+
+
+@pytest.mark.parametrize("wrong", [{"name": "a7"}, {"kind": Kind.PROXY}])
+async def test_another_server_at_the_address_is_not_believed(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        await a0.down()
+        other = FakeArchive(**wrong)
+        other.address = a0.address
+        other.refuse_all(Verdict.TOO_OLD)
+        async with other:
+            await StorageSide(rig).send([write(0)])
+            await rig.until(lambda: rig.hop().needs_person)
+            assert "another server" in rig.hop().error_text
+            assert other.offers == []
+            assert await rig.waiting("a0") == ["|0|-->|1|"]
+
+
+async def test_damaged_wdiff_is_kept_and_reported(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.SYNCING)
+        await StorageSide(rig).send([write(0)])
+        (name,) = rig.files("sendto/a0")
+        path = tmp_path / "vol0" / "sendto" / "a0" / name
+        good = path.read_bytes()
+        path.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+        a0.refuse_all(None)
+        await rig.until(lambda: rig.hop().needs_person)
+        assert name in rig.hop().error_text
+        assert a0.got == []
+        assert a0.broken > 0
+        assert path.exists()
+        path.write_bytes(good)  # restored from a copy
+        await rig.drained()
+        assert a0.image == image_of(bytes(a0.size_b), [write(0)])
+
+
+async def test_damaged_header_does_not_hold_up_what_is_before_it(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.SYNCING)
+        storage = StorageSide(rig)
+        for i in range(3):
+            await storage.send([write(i)])
+        path = tmp_path / "vol0" / "sendto" / "a0" / rig.files("sendto/a0")[1]
+        path.write_bytes(b"?" * 100)
+        a0.refuse_all(None)
+        await rig.until(lambda: rig.hop().needs_person)
+        assert a0.diffs == ["|0|-->|1|"]
+        assert await rig.waiting("a0") == ["|1|-->|2|", "|2|-->|3|"]
+
+
+async def test_vanished_wdiff_is_reported_until_the_volume_is_started_again(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.SYNCING)
+        await StorageSide(rig).send([write(0)])
+        (tmp_path / "vol0" / "sendto" / "a0" / rig.files("sendto/a0")[0]).unlink()
+        a0.refuse_all(None)
+        await rig.until(lambda: "vanished" in rig.hop().error_text)
+        assert a0.got == []
+        await rig.stop_volume()
+        await rig.begin()
+        assert await rig.waiting("a0") == []
+
+
+async def test_diffs_gather_during_a_backup_and_are_all_delivered_afterwards(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.SYNCING)
+        storage = StorageSide(rig)
+        packs = [write(16 * i, 8, i + 1) for i in range(12)]
+        for pack in packs:
+            await storage.send([pack], mergeable=False)
+        assert len(await rig.waiting("a0")) == 12
+        assert a0.got == []
+        a0.refuse_all(None)
+        await rig.drained()
+        assert a0.latest == Snapshot.clean(12)
+        assert a0.image == image_of(bytes(a0.size_b), packs)
+
+
+async def test_orphans_of_a_failed_backup_are_drained(tmp_path: Path) -> None:
+    """The archive keeps its old uuid when a backup fails: what was logged meanwhile can never be used."""
+    async with FakeArchive(uuid=b"o" * 16) as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.SYNCING)
+        storage = StorageSide(rig, uuid=b"x" * 16)
+        for i in range(4):
+            await storage.send([write(i)])
+        a0.refuse_all(None)
+        await rig.drained()
+        assert a0.got == []
+        assert rig.files() == ["volume.json"]
