@@ -107,6 +107,7 @@ class Volume:
         self._device: Device | None = None
         self._lock = asyncio.Lock()
         self._monitor: asyncio.Task[None] | None = None
+        self._later: asyncio.TimerHandle | None = None
         self.pbs = LB  # of the device, as last seen
         self._log = log.bind(volume=name)
 
@@ -457,6 +458,7 @@ class Volume:
         monitor, self._monitor = self._monitor, None
         self.shared.scheduler.remove(lambda name: name == self.name)
         self.machine.changed.set()  # transfers see that they are not wanted any more
+        self.look_again(None)
         if monitor is not None:
             await cancel_all([monitor])
         await self.machine.changed.wait_for(
@@ -496,6 +498,13 @@ class Volume:
             scheduler.hurry(self.name)
         else:
             scheduler.push(self.name, self.shared.config.gather_delay_s)
+
+    def look_again(self, delay_s: float | None) -> None:
+        """Run the task after a delay at the latest (None: not). Unlike a delayed push, this holds up nothing."""
+        if self._later is not None:
+            self._later.cancel()
+        loop = asyncio.get_running_loop()
+        self._later = loop.call_later(delay_s, self.wake) if delay_s is not None else None
 
     def wake(self) -> None:
         """Run the volume's task soon if the volume is active."""
@@ -551,12 +560,28 @@ def _create_directory(fs: FileSystem, directory: Path, record: VolumeRecord) -> 
 
 
 def _remove_directory(fs: FileSystem, directory: Path) -> None:
-    """Remove the record first: what is left of a directory without one is garbage."""
+    """Remove the record first: what is left of a directory without one is garbage.
+
+    Raises Refused when there is something that is not ours.
+    """
+    foreign = [name for name in fs.list_names(directory) if not _is_ours(name) and name != RECORD_NAME]
+    if foreign:
+        raise Refused(
+            "the directory holds files that no storage has written",
+            hint="look at them, and move them away",
+            path=str(directory),
+            names=", ".join(foreign[:5]),
+        )
     hit(FP_CLEAR_BEFORE_RECORD, directory)
     fs.unlink(directory / RECORD_NAME)
     fs.sync_dir(directory)
     hit(FP_CLEAR_AFTER_RECORD, directory)
     fs.remove_tree(directory)
+
+
+def _is_ours(name: str) -> bool:
+    """Say whether a storage wrote a file of this name beside the record."""
+    return name.startswith((TMP_PREFIX, BAD_HEADER_PREFIX))
 
 
 def _remove_leftover(fs: FileSystem, directory: Path) -> bool:
@@ -565,8 +590,7 @@ def _remove_leftover(fs: FileSystem, directory: Path) -> bool:
     In a volume's directory, remove unfinished files.
     """
     names = fs.list_names(directory)
-    ours = [name for name in names if name.startswith((TMP_PREFIX, BAD_HEADER_PREFIX))]
-    if RECORD_NAME not in names and len(ours) == len(names):
+    if RECORD_NAME not in names and all(map(_is_ours, names)):
         fs.remove_tree(directory)
         return True
     for name in names:

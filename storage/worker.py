@@ -79,7 +79,9 @@ class Worker:
                 return None
             volume.lost = None
             oldest = await volume.erase_log(info, info.lsids.written)
-        return Again(_GARBAGE_S) if oldest < info.lsids.latest else None
+        if oldest < info.lsids.latest:
+            volume.look_again(_GARBAGE_S)
+        return None
 
     async def _send(self, volume: Volume) -> Again | None:
         lost: WalbError | None = None
@@ -120,9 +122,11 @@ class Worker:
         transfer = await self._plan(volume, info)
         if transfer is None:
             record = volume.record
-            if record.queue or record.done.lsid < info.lsids.permanent:
-                return None  # a snapshot waits for the log to become permanent: the device will tell
-            return Again(_GARBAGE_S) if oldest < record.done.lsid else None
+            waits = record.queue or record.done.lsid < info.lsids.permanent
+            # A snapshot that waits for the log to become permanent: the device will tell.
+            if not waits and oldest < record.done.lsid:
+                volume.look_again(_GARBAGE_S)
+            return None
         if transfer.exceeds_max:
             log.warning("wlog.exceeds_max", volume=volume.name, lsid=transfer.begin.lsid, limit=transfer.limit)
         await self._transfer(volume, info, transfer)
@@ -193,7 +197,9 @@ class Worker:
             return Again(
                 settle_delay_s(pending_b, size_max_b=config.wlog_send_size_max, max_s=config.settle_delay_max_s)
             )
-        return Again(_GARBAGE_S) if oldest < record.done.lsid else None
+        if oldest < record.done.lsid:
+            volume.look_again(_GARBAGE_S)
+        return None
 
     @staticmethod
     async def _keep_block(volume: Volume, error: BadLog) -> None:
