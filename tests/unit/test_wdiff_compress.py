@@ -77,7 +77,7 @@ def test_unknown_kinds_are_an_error() -> None:
 
 
 @given(st.sampled_from(list(Kind)), st.integers(0, 2**32), st.integers(0, 3), st.sampled_from([0, -1, 1, 9999]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_damaged_payloads(kind: Kind, seed: int, how: int, off: int) -> None:
     rng = random.Random(seed)
     data = bytearray(compress(CompressOpt(kind), TEXT[:2048])[1])
