@@ -19,7 +19,8 @@ from walbd.ids import NIL_UUID
 from walbd.units import LB, MIB
 
 PACK_RAW_MAX_B: Final = 16 * MIB  # decoded data in one pack: bounds the memory, and what a reader must hold
-VERIFY_EXTENTS: Final = 1024  # extents verified at a time
+VERIFY_MAX: Final = 1024  # extents verified at a time
+VERIFY_MAX_B: Final = 2 * MIB  # and their data: what the second-level cache holds
 
 
 def merge(
@@ -71,9 +72,7 @@ def verify(
     """
     batcher = Batcher([reader.file])
     count = 0
-    for extents in merge_extents(
-        [reader.extents()], n_max=VERIFY_EXTENTS, lb_max=PACK_RAW_MAX_B // LB, join=False
-    ):
+    for extents in merge_extents([reader.extents()], n_max=VERIFY_MAX, lb_max=VERIFY_MAX_B // LB, join=False):
         check()
         if size_lb is not None:
             check_inside(extents, size_lb, [reader.file])
