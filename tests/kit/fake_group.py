@@ -37,6 +37,13 @@ KINDS = {Kind.STORAGE: 0, Kind.PROXY: 1, Kind.ARCHIVE: 2}
 NOW = 1_800_000_000  # what every fake server takes for the time
 
 
+class StoppedClock:
+    """It is always `NOW`."""
+
+    def now(self) -> int:
+        return NOW
+
+
 @dataclass
 class FakeVolume:
     """A volume at one server; each kind uses its part."""
@@ -566,7 +573,7 @@ class FakeGroup:
         self.frozen = False
         self.requests: list[tuple[str, Request[Any]]] = []
         self.progress: list[Progress] = []
-        self.env = Env()
+        self.env = Env(clock=StoppedClock())
         self._gates: dict[str, asyncio.Event] = {}
         self._failures: list[tuple[str, type[Request[Any]], WalbError | None]] = []
         self._job_failures: dict[str, WalbError] = {}
@@ -593,8 +600,9 @@ class FakeGroup:
 
     def __exit__(self, *_: object) -> None:
         self.ctl.close()
-        for name in self.servers:
-            self.release_all()
+        self.release_all()
+        for name, server in self.servers.items():
+            self.run(server.jobs.idle())
             self.kill(name)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -282,7 +282,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     Command("get is-overflow", "VOL", _S, _one(c.GetIsOverflow), "1 when the log has overflowed"),
     Command("get log-usage", "[VOL]", _S, _any(c.GetLogUsage), "how full the log is"),
     Command("get uuid", "VOL", _S | _A, _one(c.GetUuid), "uuid of the log"),
-    Command("get ts-delta", "", _S | _A, _none(c.GetTsDelta), "how far destinations are behind", ts_delta_text),
+    Command("get ts-delta", "", _S, _none(c.GetTsDelta), "how far destinations are behind", ts_delta_text),
     # proxy
     Command("archive-info list", "VOL", _P, _one(c.ListArchiveInfo), "archives that a volume is sent to"),
     Command(

@@ -80,6 +80,7 @@ class VolumeView:
     targets: list[str]
     lag_s: int | None
     restorable_until: int  # [unix s], 0: nothing can be restored
+    away: list[str]  # archives that it is sent to and that do not answer
     parts: list[Part]
 
 
@@ -127,7 +128,8 @@ def make_overview(
     layout: ServerLayout,
 ) -> Overview:
     """Judge what the servers answered; `vol` empty: all volumes."""
-    look = _Look(layout, {s: r for s, r in replies.items() if isinstance(r, StatusReply)})
+    answers = {s: r for s, r in replies.items() if isinstance(r, StatusReply)}
+    look = _Look(layout, answers, {s.name for s in replies if s not in answers})
     for s, reply in replies.items():
         if isinstance(reply, StatusReply):
             look.check_server(s, reply)
@@ -153,6 +155,7 @@ class _Look:
 
     layout: ServerLayout
     replies: dict[Server, StatusReply]
+    silent: set[str]  # names of servers that did not answer
     alarms: list[Alarm] = field(default_factory=list)
 
     def alarm(self, word: Word, code: str, server: str, volume: str, text: str, hint: str = "") -> Word:
@@ -179,8 +182,10 @@ class _Look:
             self.alarm(Word.ERROR, code_of(error), s.name, "", error.message, error.hint)
 
     def check_server(self, s: Server, reply: StatusReply) -> None:
-        for text in reply.errors:
-            self.alarm(Word.ERROR, "server-error", s.name, "", text)
+        told = [text for v in reply.volumes for text in (v.error, v.device_error) if text]
+        for text in dict.fromkeys(reply.errors):
+            if not any(each in text for each in told):  # what a volume says itself is not said twice
+                self.alarm(Word.ERROR, "server-error", s.name, "", text)
         if reply.node != s.name:
             self.alarm(
                 Word.WARN,
@@ -231,16 +236,20 @@ class _Look:
         archives = self.parts(k.K_ARCHIVE, vol)
         parts += [self.archive_part(s, v) for s, v in archives]
         self.check_together(vol)
+        away = sorted(self.fed(vol).keys() & self.silent)
         targets = [s.name for s, v in self.parts(k.K_STORAGE, vol) if v.state == k.sTarget]
         lags = [lag for _, v in archives if (lag := self.lag(vol, v)) is not None]
         sizes = [v.size_lb * LB for _, v in self.parts(vol=vol)]
         return VolumeView(
-            word=worst([*(part.word for part in parts), *(a.word for a in self.alarms[before:])]),
+            word=worst(
+                [*(p.word for p in parts), *(a.word for a in self.alarms[before:]), *([Word.DOWN] if away else [])]
+            ),
             volume=vol,
             size_b=max(sizes, default=0),
             targets=targets,
             lag_s=min(lags, default=None),
             restorable_until=max((v.latest_time for _, v in archives if v.restorable), default=0),
+            away=away,
             parts=parts,
         )
 
@@ -365,38 +374,46 @@ class _Look:
         )
 
     def broken(self, s: Server, v: VolumeStatus) -> Word:
-        if not v.error and v.state != k.BROKEN:
+        if (not v.error or v.error == v.device_error) and v.state != k.BROKEN:
             return Word.OK
         return self.alarm(Word.ERROR, "broken", s.name, v.volume, v.error or "the volume is broken")
 
     def lag(self, vol: str, at_archive: VolumeStatus) -> int | None:
         """Return how old the newest snapshot at an archive is, 0 when it has everything; None: not known."""
         for s, v in self.parts(k.K_STORAGE, vol):
-            if v.state == k.sTarget:
+            if v.state == k.sTarget and not v.device_error:
                 if not v.lag_lb and at_archive.latest_gid >= v.done_gid:
                     return 0
                 return max(0, self.replies[s].now - at_archive.latest_time) if at_archive.latest_time else None
         return None
 
+    def fed(self, vol: str) -> dict[str, list[str]]:
+        """Return the archives that a volume is sent to, each with the proxies that do so."""
+        fed: dict[str, list[str]] = {}
+        for s, v in self.parts(k.K_PROXY, vol):
+            for hop in v.hops:
+                fed.setdefault(hop.dest, []).append(s.name)
+        return fed
+
+    def all_seen(self, servers: Sequence[Server]) -> bool:
+        """Tell whether all these servers have answered."""
+        return all(s in self.replies for s in servers)
+
     def check_together(self, vol: str) -> None:
         """Find what shows only when several servers are compared."""
         targets = [(s, v) for s, v in self.parts(k.K_STORAGE, vol) if v.state == k.sTarget]
         if len(targets) > 1:
-            names = ", ".join(s.name for s, _ in targets)
-            text = f"several storages are Target: {names}"
+            text = f"several storages are Target: {', '.join(s.name for s, _ in targets)}"
             self.alarm(Word.ERROR, "two-targets", "", vol, text, "stop all but one: two corrupt the history")
         if not targets:
             states = {v.state for _, v in self.parts(k.K_STORAGE, vol)}
-            if states == {k.sStandby}:
+            if states == {k.sStandby} and self.all_seen(self.layout.storageL):
                 hint = f"walbc full-backup {vol} --storage NAME"
                 self.alarm(Word.WARN, "no-target", "", vol, "no storage is its target: nothing is sent", hint)
             return
         proxies = [s for s in self.replies if s.kind == k.K_PROXY]
-        fed: dict[str, list[str]] = {}  # archive: the proxies that send to it
-        for s, v in self.parts(k.K_PROXY, vol):
-            for hop in v.hops:
-                fed.setdefault(hop.dest, []).append(s.name)
-        if proxies and not fed:
+        fed = self.fed(vol)
+        if proxies and not fed and self.all_seen(self.layout.proxyL):
             hint = f"walbc start-synchronizing ARCHIVE {vol}"
             self.alarm(Word.ERROR, "not-fed", "", vol, "is sent to no archive", hint)
         for archive, senders in fed.items():
@@ -404,6 +421,18 @@ class _Look:
             if missing:
                 text = f"{', '.join(missing)} does not send to {archive}"
                 self.alarm(Word.WARN, "half-fed", "", vol, text, f"walbc start-synchronizing {archive} {vol}")
+        known = {
+            s.name: {v.volume for v in reply.volumes if v.state != k.sClear} for s, reply in self.replies.items()
+        }
+        names = {s.name for s in self.layout.archiveL}
+        for archive in fed:
+            if archive not in names:
+                text = f"is sent to {archive}, which is not in the layout"
+                self.alarm(Word.WARN, "unknown-archive", "", vol, text)
+            elif archive in known and vol not in known[archive]:
+                text = f"is sent to {archive}, which does not know it"
+                hint = f"walbc stop-synchronizing {archive} {vol}, or fill that archive"
+                self.alarm(Word.WARN, "clear-archive", archive, vol, text, hint)
         for s, v in self.parts(k.K_ARCHIVE, vol):
             source = targets[0][1]
             if s.name in fed and v.state == k.aArchived and source.uuid and v.uuid and v.uuid != source.uuid:
@@ -469,10 +498,12 @@ def _volume_text(v: VolumeView) -> str:
     parts.append(f"backed up from {', '.join(v.targets)}" if v.targets else "not backed up")
     if v.restorable_until:
         parts.append(f"restorable until {format_time(v.restorable_until)}")
-    else:
+    elif not v.away:
         parts.append("nothing restorable")
     if v.lag_s is not None:
         parts.append(f"{v.lag_s} s behind" if v.lag_s else "nothing missing")
+    if v.away:
+        parts.append(f"waits for {', '.join(v.away)}")
     return ", ".join(parts)
 
 

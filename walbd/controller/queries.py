@@ -27,7 +27,7 @@ from walbd.controller.data import (
 )
 from walbd.controller.overview import Overview, make_overview, overview_lines
 from walbd.controller.replies import ts_delta_dict
-from walbd.controller.servers import Server, ServerLayout, ServerParams, server_kind_to_str, verify_server_kind
+from walbd.controller.servers import Server, ServerParams, server_kind_to_str, verify_server_kind
 from walbd.controller.verify import verify_gid_range, verify_timeout, verify_type, verify_u64, verify_volume
 from walbd.errors import BadState, NotFound, UsageError, WalbError, WlogOverflow
 from walbd.protocol import control as c
@@ -76,7 +76,7 @@ class Queries(Base):
             verify_volume(vol)
         servers = self._servers(sL)
         replies = self.ask_each(servers, c.GetStatus(volume=vol or ""), timeoutS)
-        for line in overview_lines(make_overview(replies, {}, vol or "", _layout_of(servers))):
+        for line in overview_lines(make_overview(replies, {}, vol or "", self.sLayout)):
             self.put(line)
 
     def get_jobs(self, s: Server, vol: str = "") -> list[JobInfo]:
@@ -144,10 +144,10 @@ class Queries(Base):
             verify_volume(vol)
         return {row[0]: row[2] for row in self.ask(ax, c.GetLatestSnap(volume=vol or "")).rows}
 
-    def get_ts_delta(self, ax: Server) -> list[dict[str, str | int]]:
-        """Return how far the destinations of a storage or archive are behind, as last compared there."""
-        verify_server_kind(ax, (K_STORAGE, K_ARCHIVE))
-        return [ts_delta_dict(ax.kind, row) for row in self.ask(ax, c.GetTsDelta()).rows]
+    def get_ts_delta(self, sx: Server) -> list[dict[str, str | int]]:
+        """Return how far the primary archive is behind a storage, by volume, as last compared there."""
+        verify_server_kind(sx, (K_STORAGE,))
+        return [ts_delta_dict(sx.kind, row) for row in self.ask(sx, c.GetTsDelta()).rows]
 
     # Storage
 
@@ -383,14 +383,6 @@ def require_state(s: Server, vol: str, state: str, states: Sequence[str], hint: 
             state=state,
             expected=" or ".join(states),
         )
-
-
-def _layout_of(servers: Sequence[Server]) -> ServerLayout:
-    return ServerLayout(
-        [s for s in servers if s.kind == K_STORAGE],
-        [s for s in servers if s.kind == K_PROXY],
-        [s for s in servers if s.kind == K_ARCHIVE],
-    )
 
 
 def _gid(gid: int | None) -> int:

@@ -9,6 +9,7 @@ from walbd.controller.constants import K_ARCHIVE, K_PROXY, K_STORAGE
 from walbd.controller.data import create_compress_opt_from_str
 from walbd.controller.servers import server_kind_to_str
 from walbd.errors import UsageError
+from walbd.ids import NO_GID
 from walbd.protocol import control as c
 from walbd.protocol.base import JobAccepted, JobInfo, JobList, JobState, Ok
 from walbd.protocol.codec import Message, to_json_ready
@@ -57,7 +58,9 @@ def latest_text(kind: int, reply: c.Latest) -> str:
     rows = []
     for volume, archive, gid, lsid, timestamp in reply.rows:
         when = format_time(timestamp)
-        if kind == K_STORAGE:
+        if gid == NO_GID:  # nothing waits there
+            rows.append(ltsv(name=volume, kind=word, archive=archive, gid="", timestamp=""))
+        elif kind == K_STORAGE:
             rows.append(ltsv(name=volume, kind=word, gid=gid, lsid=lsid, timestamp=when))
         elif kind == K_PROXY:
             rows.append(ltsv(name=volume, kind=word, archive=archive, gid=gid, timestamp=when))

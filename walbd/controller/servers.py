@@ -115,7 +115,7 @@ def verify_server_kind(s: Server, kindL: Sequence[int]) -> None:
     if s.kind not in kindL:
         wanted = " or ".join(server_kind_to_str(kind) for kind in kindL)
         raise UsageError(
-            "wrong kind of server", hint=f"this needs a {wanted}", server=s.name, kind=server_kind_to_str(s.kind)
+            "wrong kind of server", hint=f"this needs {wanted}", server=s.name, kind=server_kind_to_str(s.kind)
         )
 
 
