@@ -43,10 +43,13 @@ def status(app: App, vol: str, check: bool) -> int:
 def print_overview(view: Overview) -> None:
     """Print the status screen; on a terminal the first word of each line has a colour."""
     for line in overview_lines(view):
-        if use_colour():
-            word = Word(line.split(" ", 1)[0])
-            line = click.style(word, fg=_COLOURS[word], bold=word is not Word.OK) + line[len(word) :]  # noqa: PLW2901
-        print(line)
+        print(_coloured(line) if use_colour() else line)
+
+
+def _coloured(line: str) -> str:
+    word = Word(line.split(" ", 1)[0])
+    bold = True if word is not Word.OK else None
+    return click.style(word, fg=_COLOURS[word], bold=bold) + line[len(word) :]
 
 
 @command("ping")

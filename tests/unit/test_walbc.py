@@ -1,0 +1,465 @@
+"""`walbc` against a group of fakes: text, JSON, exit codes, defaults, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kit.cli import Cli
+from tests.kit.fake_group import FakeGroup, FakeVolume
+from walbd.cli.walbc import COMMANDS, root
+from walbd.controller import Controller
+from walbd.errors import Refused
+from walbd.protocol import control as c
+
+Make = Callable[[FakeGroup, str], None]
+
+
+@pytest.fixture
+def group_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Writes the group file of a fake group, and names it in the environment."""
+
+    def write(group: FakeGroup, more: str = "") -> None:
+        path = tmp_path / "group.toml"
+        path.write_text(group_toml(group) + more)
+        monkeypatch.setenv("WALBD_GROUP", str(path))
+
+    return write
+
+
+def group_toml(group: FakeGroup) -> str:
+    kinds = (("storage", group.s), ("proxy", group.p), ("archive", group.a))
+    return "timeout_s = 5\n" + "".join(
+        f'[[{kind}]]\nname = "{s.name}"\nhost = "{s.address}"\nport = {s.port}\n' for kind, sL in kinds for s in sL
+    )
+
+
+@pytest.fixture
+def group(group_file: Make) -> Iterator[FakeGroup]:
+    with FakeGroup() as made:
+        group_file(made, "")
+        yield made
+
+
+@pytest.fixture
+def ready(group: FakeGroup) -> FakeGroup:
+    """vol0 is backed up; snapshots 1 and 2."""
+    group.ctl.init_storage(group.s[0], "vol0", "/dev/x")
+    group.ctl.full_backup(group.s[0], "vol0")
+    group.ctl.snapshot(group.s[0], "vol0", group.a)
+    group.requests.clear()
+    return group
+
+
+@pytest.fixture
+def walbc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    monkeypatch.setenv("COLUMNS", "100")
+    return Cli(root, "walbc", capsys)
+
+
+def ask_json(walbc: Cli, *args: str) -> Any:
+    """Run a command with --json and return what it printed, without the lines of the fakes' logs."""
+    return json.loads(results(walbc.good(*args, "--json")))
+
+
+def results(out: str) -> str:
+    """Drop the log lines of the fakes, which run in this process."""
+    return "".join(line for line in out.splitlines(keepends=True) if not re.match(r"\d{4}-\d\d-\d\d \d\d:", line))
+
+
+def says(walbc: Cli, *args: str) -> str:
+    return results(walbc.good(*args)).removesuffix("\n")
+
+
+# The way of a volume
+
+
+def test_from_nothing_to_a_restored_image(group: FakeGroup, walbc: Cli) -> None:
+    assert says(walbc, "init-storage", "vol0", "/dev/x") == "vol0 is Standby at s0"
+    assert says(walbc, "full-backup", "vol0") == "1"
+    assert says(walbc, "snapshot", "vol0") == "2"
+    assert says(walbc, "restorable", "vol0") == "1 2027-01-15T08:00:01 0\n2 2027-01-15T08:00:02 1"
+    assert says(walbc, "restore", "vol0", "latest") == "/images/vol0/2"
+    assert says(walbc, "restore", "vol0", "1") == "/images/vol0/1"
+    assert says(walbc, "restored", "vol0") == "1 /images/vol0/1\n2 /images/vol0/2"
+    assert says(walbc, "get-restored-path", "vol0", "1") == "/images/vol0/1"
+    assert says(walbc, "del-restored", "vol0", "1") == ""
+    assert says(walbc, "apply", "vol0", "2") == "the base of vol0 at a0 is at 2"
+    assert says(walbc, "get-base", "vol0") == "<|2|>-20270115080000"
+    assert says(walbc, "is-overflow", "vol0") == "0"
+    assert says(walbc, "stop", "s0", "vol0") == "vol0 is Stopped at s0"
+    assert says(walbc, "start", "s0", "vol0") == "vol0 is Target at s0"
+    assert says(walbc, "clear", "a0", "vol0", "--yes") == "vol0 is Clear at a0"
+
+
+def test_results_as_json(ready: FakeGroup, walbc: Cli) -> None:
+    s0, a0 = ready.s[0], ready.a[0]
+    assert ask_json(walbc, "snapshot", "vol0") == {"volume": "vol0", "gid": 3, "archives": ["a0"]}
+    assert ask_json(walbc, "snapshot", "vol0", "--no-wait") == {"volume": "vol0", "gid": 4, "archives": []}
+    assert ask_json(walbc, "restore", "vol0", "2") == {
+        "volume": "vol0", "archive": "a0", "gid": 2, "path": "/images/vol0/2",
+    }  # fmt: skip
+    assert ask_json(walbc, "restored", "vol0") == [{"gid": 2, "path": "/images/vol0/2"}]
+    assert [p["gid"] for p in ask_json(walbc, "restorable", "vol0", "--all")["points"]] == [1, 2, 3, 4]
+    assert ask_json(walbc, "is-overflow", "vol0") == {"value": False}
+    assert ask_json(walbc, "is-synchronizing", "vol0") == {"value": True}
+    assert ask_json(walbc, "get-state", "s0", "vol0") == {"value": "Target"}
+    assert ask_json(walbc, "get-state-all", "vol0") == {"s0": "Target", "p0": "Started", "a0": "Archived"}
+    assert ask_json(walbc, "get-vol-list", "a0") == {"names": ["vol0"]}
+    assert ask_json(walbc, "get-base", "vol0")["base"]["begin"] == {"gid_b": 0, "gid_e": 0}
+    assert len(ask_json(walbc, "get-diff-list", "vol0")["diffs"]) == 4
+    assert ask_json(walbc, "get-diff-list", "vol0") == ask_json(walbc, "get-applicable-diff-list", "vol0")
+    assert ask_json(walbc, "archive-info", "list", "vol0") == {
+        "p0": [{"archive": "a0", "address": a0.get_host_port(), "compress": "zstd:1", "delay_s": 0}]
+    }
+    assert ask_json(walbc, "ping", "s0") == [
+        {"server": "s0", "kind": "storage", "address": s0.get_host_port(), "alive": True}
+    ]
+    assert ask_json(walbc, "version")["a0"]["python"] == "3.11.2"
+    jobs = ask_json(walbc, "jobs", "a0")["a0"]["jobs"]
+    assert [(job["name"], job["state"]) for job in jobs] == [("restore", "done")]
+    assert ask_json(walbc, "wait", "a0", "1")["result"] == {}
+    assert ask_json(walbc, "get-ts-delta", "s0")[0]["ts_delta"] == 3
+    assert ask_json(walbc, "gc-diff", "vol0") == {"value": 2}
+    assert ask_json(walbc, "stop", "s0", "vol0") == {"server": "s0", "volume": "vol0", "state": "Stopped"}
+    assert ask_json(walbc, "on", "a0", "get", "vol-size", "vol0") == {"value": 1 << 15}
+
+
+def test_other_commands_as_text(ready: FakeGroup, walbc: Cli) -> None:
+    a0 = ready.a[0]
+    assert says(walbc, "get-uuid", "s0", "vol0") == says(walbc, "get-archive-uuid", "vol0") == "00" * 15 + "07"
+    assert (
+        says(walbc, "get-diff-list", "vol0", "0", "1").splitlines()[0] == "|0|-->|1| M- 2027-01-15T08:00:00 4096"
+    )
+    assert says(walbc, "is-wdiff-send-error", "p0", "vol0") == "0"
+    assert says(walbc, "kick-all") == ""
+    assert says(walbc, "kick-all", "p0") == ""
+    assert says(walbc, "kick-proxy", "vol0") == ""
+    assert says(walbc, "set-full-scan-bps", "s0", "10m") == ""
+    assert (
+        says(walbc, "start-synchronizing", "a0", "vol0", "--compress", "lz4:3", "--delay", "9")
+        == "vol0 is sent to a0"
+    )
+    assert says(walbc, "archive-info", "get", "p0", "vol0", "a0") == f"{a0.get_host_port()} lz4:3:1 9"
+    table = says(walbc, "archive-info", "list", "vol0").splitlines()
+    assert table[0].split() == ["PROXY", "ARCHIVE", "ADDRESS", "COMPRESS", "DELAY"]
+    assert table[1].split() == ["p0", "a0", a0.get_host_port(), "lz4:3:1", "9"]
+    assert says(walbc, "stop", "p0", "vol0", "empty") == "vol0 is Stopped at p0"
+    assert says(walbc, "archive-info", "update", "p0", "vol0", "a0", "--delay", "3") == ""
+    assert says(walbc, "archive-info", "get", "p0", "vol0", "a0") == f"{a0.get_host_port()} lz4:3:1 3"
+    assert says(walbc, "archive-info", "delete", "p0", "vol0", "a0") == "p0 does not send vol0 to a0 any more"
+    assert says(walbc, "archive-info", "add", "p0", "vol0", "a0", "--no-start") == "p0 sends vol0 to a0"
+    assert says(walbc, "get-state", "p0", "vol0") == "Stopped"
+    assert says(walbc, "stop-synchronizing", "a0", "vol0") == "vol0 is not sent to a0 any more"
+    assert says(walbc, "stop", "s0", "vol0", "force", "--no-wait") == "vol0 was Target at s0"
+    assert says(walbc, "ping").splitlines()[0] == f"s0 storage {ready.s[0].get_host_port()} ok"
+    assert says(walbc, "version", "s0") == "server:s0\tversion:0.1.0\tlog_version:2\tpython:3.11.2"
+    assert says(walbc, "jobs", "--volume", "vol1").split() == [
+        "SERVER", "JOB", "NAME", "VOLUME", "STATE", "STARTED", "NOTE",
+    ]  # fmt: skip
+    assert says(walbc, "wait", "s0", "1").startswith("1 done stop vol0")
+    assert says(walbc, "on", "s0", "get", "is-overflow", "vol0") == "0"
+
+
+def test_archive_info_copy(walbc: Cli, group_file: Make) -> None:
+    with FakeGroup(proxies=2) as group:
+        group_file(group, "")
+        group.ctl.add_archive_to_proxy(group.p[0], "vol0", group.a[0])
+        assert says(walbc, "archive-info", "copy", "p0", "vol0", "p1") == "p1 sends vol0 as p0 does"
+        assert says(walbc, "get-state", "p1", "vol0") == "Started"
+
+
+def test_full_backup_options(group: FakeGroup, walbc: Cli) -> None:
+    says(walbc, "init-storage", "vol0", "/dev/x")
+    args = ["--bulk", "64k", "--compress", "lz4", "--no-wait", "--json"]
+    group.hold("full-backup")
+    assert ask_json(walbc, "full-backup", "vol0", *args) == {"volume": "vol0", "storage": "s0", "gid": None}
+    assert ("s0", c.FullBackup(volume="vol0", bulk_b=65536)) in group.requests
+    assert group.volume("p0").infos["a0"].compress == "lz4:0"
+
+
+# Which storage is meant
+
+
+def test_storage_is_found(walbc: Cli, group_file: Make) -> None:
+    with FakeGroup(storages=2) as group:
+        group_file(group, "")
+        assert "--storage NAME; there are: s0, s1" in walbc.fails("is-overflow", "vol0", code=2)
+        group.servers["s1"].volumes["vol0"] = FakeVolume("Stopped")
+        assert says(walbc, "is-overflow", "vol0") == "0"  # only s1 knows it
+        group.servers["s0"].volumes["vol0"] = FakeVolume("Target", overflow=True)
+        assert says(walbc, "is-overflow", "vol0") == "1"  # s0 is the target
+        assert says(walbc, "is-overflow", "vol0", "--storage", "s1") == "0"
+        group.volume("s1").state = "Target"
+        walbc.fails("is-overflow", "vol0", code=2)
+        group_file(group, '[volumes.vol0]\ntarget = "s1"\n')
+        assert says(walbc, "is-overflow", "vol0") == "0"
+        group_file(group, "")
+        group.volume("s0").state = "Standby"
+        group.kill("s0")  # it might be a target, too
+        walbc.fails("is-overflow", "vol0", code=2)
+
+
+def test_device_of_the_group_file(walbc: Cli, group_file: Make) -> None:
+    with FakeGroup(storages=2) as group:
+        group_file(group, '[volumes.vol0]\ndevices = { s1 = "/dev/y" }\n')
+        assert says(walbc, "init-storage", "vol0") == "vol0 is Standby at s1"
+        assert group.volume("s1").device == "/dev/y"
+        assert "device is missing" in walbc.fails("init-storage", "vol0", "--storage", "s0", code=2)
+        assert says(walbc, "init-storage", "vol0", "/dev/z", "--storage", "s0") == "vol0 is Standby at s0"
+
+
+def test_snapshot_waits_at_every_archive_that_is_fed(walbc: Cli, group_file: Make) -> None:
+    with FakeGroup(archives=2) as group:
+        group_file(group, "")
+        group.ctl.init_storage(group.s[0], "vol0", "/dev/x")
+        group.ctl.full_backup(group.s[0], "vol0")
+        assert ask_json(walbc, "snapshot", "vol0")["archives"] == ["a0"]
+        group.ctl.start_synchronizing(group.a[1], "vol0")
+        group.servers["a1"].volumes["vol0"] = FakeVolume("Archived")
+        assert ask_json(walbc, "snapshot", "vol0")["archives"] == ["a0", "a1"]
+        assert ask_json(walbc, "snapshot", "vol0", "--archive", "a1")["archives"] == ["a1"]
+
+
+# Errors and exit codes
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["get-state", "s9", "vol0"], 2, "servers here: s0, p0, a0"),
+        (["get-state", "s0", "vol_0"], 2, "1 to 64 letters"),
+        (["restorable", "vol_0"], 2, "1 to 64 letters"),
+        (["restorable", "vol0", "--archive", "s0"], 2, "no such server"),
+        (["statsu"], 2, "did you mean status?"),
+        (["zzz"], 2, "see `walbc --help`"),
+        (["start"], 2, "Missing argument"),
+        (["restore", "vol0", "x"], 2, "no generation"),
+        (["restore", "vol0", "99999999999999999999"], 2, "no generation"),
+        (["stop", "s0", "vol0", "empty"], 2, "graceful or force"),
+        (["full-backup", "vol0"], 5, "walbc init-storage"),
+        (["full-backup", "vol0", "--bulk", "100"], 2, "from 512 bytes"),
+        (["full-backup", "vol0", "--compress", "zip"], 2, "snappy"),
+        (["start", "s0", "vol0"], 5, "state=Clear"),
+        (["info", "vol0"], 2, "walbc status"),
+        (["wait", "s0", "7"], 5, "no such job"),
+        (["shutdown"], 2, "--all"),
+        (["shutdown", "s0", "--all"], 2, "--all"),
+        (["on", "s0", "restore", "vol0", "1"], 2, "it is for: archive"),
+        (["on", "s0", "nonsense"], 2, "unknown command"),
+        (["set-full-scan-bps", "s0", "fast"], 2, "not a size"),
+        (["-a", "127.0.0.1", "get", "state", "vol0"], 2, "go together"),
+        (["-retry", "3", "ping"], 2, "need -a HOST"),
+        (["--group", "/no/such/file", "ping"], 2, "cannot read the group file"),
+    ],
+)  # fmt: skip
+def test_errors(args: list[str], code: int, words: str, group: FakeGroup, walbc: Cli) -> None:
+    assert words in walbc.fails(*args, code=code)
+    assert group.changes() in ([], ["s0 start vol0"])
+
+
+def test_errors_of_the_network(ready: FakeGroup, walbc: Cli) -> None:
+    ready.kill("a0")
+    assert "server=a0" in walbc.fails("restorable", "vol0", code=3)
+    result = walbc("ping")
+    assert result.code == 3
+    assert "a0 archive" in result.out
+    assert "cannot connect" in result.out
+    assert walbc("jobs").code == 0  # of those that answer
+    assert walbc("jobs", "a0").code == 3
+    ready.frozen = True
+    assert "servers=a0" in walbc.fails("snapshot", "vol0", "--archive", "a0", code=3)
+    ready.revive("a0")
+    assert "walbc status" in walbc.fails("snapshot", "vol0", "--timeout", "0.01", code=4)
+
+
+def test_errors_as_json(ready: FakeGroup, walbc: Cli) -> None:
+    for args in (["start", "s0", "vol0", "--json"], ["--json", "start", "s0", "vol0"]):
+        result = walbc(*args)
+        assert (result.code, results(result.out)) == (5, "")
+        error = json.loads(result.err)["error"]
+        assert (error["code"], error["exit_code"]) == ("bad-state", 5)
+        assert error["facts"] == {"server": "s0", "state": "Target"}
+        assert error["hint"] == "allowed in: Stopped"
+
+
+def test_job_that_fails(ready: FakeGroup, walbc: Cli) -> None:
+    ready.fail_job("restore", Refused("no space", hint="make room"))
+    err = walbc.fails("restore", "vol0", "1", code=5)
+    assert "no space" in err
+    assert "hint: make room" in err
+    walbc.fails("wait", "a0", "1", code=5)
+
+
+@pytest.mark.parametrize(
+    "args", [["clear", "a0", "vol0"], ["reset", "a0", "vol0"], ["go-standby", "vol0"], ["shutdown", "--all"]]
+)
+def test_what_destroys_must_be_meant(args: list[str], ready: FakeGroup, walbc: Cli) -> None:
+    assert "say --yes" in walbc.fails(*args, code=2)
+    assert ready.changes() == []
+
+
+def test_asking_on_a_terminal(ready: FakeGroup, walbc: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.confirm", lambda *_, **__: True)
+    ready.ctl.stop(ready.a[0], "vol0")
+    assert says(walbc, "reset", "a0", "vol0") == "vol0 is SyncReady at a0"
+
+
+def test_shutdown(ready: FakeGroup, walbc: Cli) -> None:
+    assert says(walbc, "shutdown", "p0") == ""
+    ready.kill("a0")
+    err = walbc("shutdown", "--all", "--yes", "--mode", "force")
+    assert err.code == 3
+    assert ("s0", c.Shutdown(how=c.ShutdownHow.FORCE)) in ready.requests
+
+
+# One server by its address
+
+
+def test_low_level_form(ready: FakeGroup, walbc: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WALBD_GROUP")
+    at_s0 = ["-a", "127.0.0.1", "-p", str(ready.s[0].port), "-id", "ctl", "-to", "5"]
+    at_a0 = ["-a", "127.0.0.1", "-p", str(ready.a[0].port)]
+    assert says(walbc, *at_s0, "get", "state", "vol0") == "Target"
+    assert says(walbc, *at_s0, "snapshot", "vol0") == "3"
+    assert says(walbc, *at_s0, "stop", "vol0") == "3"  # the number of the job
+    assert says(walbc, *at_a0, "get", "restorable", "vol0", "all").splitlines()[-1] == "3 2027-01-15T08:00:03 1"
+    assert ask_json(walbc, *at_s0, "get", "state", "vol1") == {"value": "Clear"}
+    assert "restored vol0" not in says(walbc, *at_a0, "status")
+    assert "node a0" in says(walbc, *at_a0, "status", "vol0")
+    assert "it is for: archive" in walbc.fails(*at_s0, "restore", "vol0", "1", code=2)
+    assert "-retry is only for" in walbc.fails(*at_s0, "-retry", "1", "snapshot", "vol0", code=2)
+    assert "Every server:" in says(walbc, *at_s0, "--help")
+    assert "Missing command" in walbc.fails(*at_s0, code=2)
+
+
+def test_low_level_checks_before_connecting(walbc: Cli) -> None:
+    walbc.fails("-a", "127.0.0.1", "-p", "1", "get", "state", "vol_0", code=2)
+
+
+def test_low_level_retries_only_questions(walbc: Cli) -> None:
+    nobody = ["-a", "127.0.0.1", "-p", "1"]
+    for words, tries in ((["get", "vol"], 3), (["-retry", "1", "get", "vol"], 2), (["snapshot", "vol0"], 1)):
+        options = [word for word in words[:2] if words[0] == "-retry"]
+        result = walbc(*nobody, *options, *words[len(options) :])
+        assert result.code == 3
+        assert result.err.count("cannot connect") == tries
+
+
+def test_low_level_with_a_group_file(ready: FakeGroup, walbc: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "other.toml"
+    path.write_text('group = "other"\n' + group_toml(ready))
+    args = ["--group", str(path), "-a", "127.0.0.1", "-p", str(ready.s[0].port), "get", "vol"]
+    assert "another backup group" in walbc.fails(*args, code=5)
+
+
+# Screens
+
+
+def test_status(ready: FakeGroup, walbc: Cli) -> None:
+    out = says(walbc, "status")
+    assert out.splitlines()[0] == "ok  group             3 servers, 1 volume, no alarms"
+    assert all(line.startswith("ok") for line in out.splitlines())
+    assert walbc("status", "--check").code == 0
+    assert ask_json(walbc, "status", "vol0")["word"] == "ok"
+    ready.kill("p0")
+    assert walbc("status").code == 0
+    result = walbc("status", "--check")
+    assert result.code == 6
+    assert result.out.splitlines()[0].startswith("down")
+    assert result.err == ""
+
+
+def test_status_in_colour(ready: FakeGroup, walbc: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("walbd.cli.walbc_server.use_colour", lambda: True)
+    assert says(walbc, "status").startswith("\x1b[32mok\x1b[0m  group")
+
+
+def test_info(ready: FakeGroup, walbc: Cli) -> None:
+    ready.ctl.restore(ready.a[0], "vol0", 1)
+    assert says(walbc, "info", "vol0").splitlines() == [
+        "ok  vol0: 16.0 MiB, backed up from s0",
+        "",
+        "a0: Archived, 1 diff of 4.0 KiB",
+        "    restorable from 2027-01-15T08:00:01 (gid 1) to 2027-01-15T08:00:02 (gid 2), nothing missing",
+        "    restored: 1 /images/vol0/1",
+        "GID  TIME                 KIND",
+        "  1  2027-01-15T08:00:01  implicit",
+        "  2  2027-01-15T08:00:02  explicit",
+    ]
+    ready.volume("a0").points += range(10, 40)
+    assert "the newest 20 of 32 points" in says(walbc, "info", "vol0")
+    assert len(says(walbc, "info", "vol0", "--all").splitlines()) == 38
+    about = ask_json(walbc, "info", "vol0")
+    assert about["archives"][0]["restored"] == [{"gid": 1, "path": "/images/vol0/1"}]
+    assert about["archives"][0]["lag_s"] == 0
+
+
+def test_info_when_something_is_wrong(walbc: Cli, group_file: Make) -> None:
+    with FakeGroup(archives=2) as group:
+        group_file(group, "")
+        group.ctl.init_storage(group.s[0], "vol0", "/dev/x")
+        group.ctl.full_backup(group.s[0], "vol0")
+        group.ctl.stop(group.a[0], "vol0")
+        group.kill("a1")
+        out = says(walbc, "info", "vol0")
+        assert "    warn: a0: stopped: takes no diffs - walbc start a0 vol0" in out
+        assert "a0: Stopped" in out
+        assert "nothing can be restored" in out
+        assert "a1: does not answer (Connection refused)" in out
+
+
+def test_table_of_jobs(ready: FakeGroup, walbc: Cli) -> None:
+    out = says(walbc, "jobs", "s0").splitlines()
+    assert [line.split()[:5] for line in out[1:]] == [
+        ["s0", "1", "stop", "vol0", "done"],
+        ["s0", "2", "full-backup", "vol0", "done"],
+    ]
+    assert out[2].endswith("gid=1")
+
+
+def test_interrupt_says_what_goes_on(ready: FakeGroup, walbc: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready.hold("restore")
+
+    def interrupted(self: Controller, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    real = Controller._progress_of
+
+    def seen(*args: Any) -> Any:
+        monkeypatch.setattr(Controller, "ask", interrupted)
+        return real(*args)
+
+    monkeypatch.setattr(Controller, "_progress_of", staticmethod(seen))
+    result = walbc("restore", "vol0", "1")
+    assert result.code == 130
+    assert result.err == "interrupted, but restore vol0 goes on; `walbc wait a0 1` waits\n"
+
+
+# Help
+
+
+def test_every_command_has_help(walbc: Cli) -> None:
+    out = walbc.good("--help")
+    for name, late in COMMANDS.items():
+        assert re.search(rf"^  {name} ", out, re.MULTILINE), name
+        text = walbc.good(name, "--help")
+        assert text.startswith(f"Usage: walbc {name}")
+        assert len(late.help) < 90
+        if name != "archive-info":
+            assert "--json" in text
+
+
+def test_version(walbc: Cli) -> None:
+    assert re.fullmatch(r"walbc \d+\.\d+\.\d+\n", walbc.good("--version"))
+
+
+def test_debug_shows_requests(ready: FakeGroup, walbc: Cli) -> None:
+    result = walbc("-debug", "get-state", "s0", "vol0")
+    assert "s0 <- GetState(volume='vol0')" in result.err
