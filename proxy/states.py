@@ -54,6 +54,7 @@ class Command(StrEnum):
 
 _KNOWN: Final = frozenset({State.STOPPED, State.STARTED})
 _STARTED: Final = frozenset({State.STARTED})
+_AT_WORK: Final = frozenset({RECEIVING, EMPTYING})  # steps beside which sending goes on
 
 TABLE: Final = StateTable[State, Command](
     name="proxy",
@@ -79,14 +80,10 @@ TABLE: Final = StateTable[State, Command](
     rules={
         # A stop is accepted while a wlog comes in, and waits for its end. The stop flag is set by then, so that
         # nothing new begins; a second stop is refused by the flag itself.
-        Command.STOP: Rule(
-            _STARTED, while_stopping=True, while_moving=True, during=frozenset({RECEIVING, EMPTYING})
-        ),
-        Command.STOP_EMPTY: Rule(_STARTED, while_stopping=True, while_moving=True, during=frozenset({RECEIVING})),
+        Command.STOP: Rule(_STARTED, while_stopping=True, while_moving=True, during=_AT_WORK),
+        Command.STOP_EMPTY: Rule(_STARTED, while_stopping=True, while_moving=True, during=_AT_WORK),
         Command.RECEIVE: Rule(_STARTED),  # sending goes on meanwhile
-        Command.SEND: Rule(
-            _STARTED, while_stopping=True, while_moving=True, during=frozenset({RECEIVING, EMPTYING})
-        ),
+        Command.SEND: Rule(_STARTED, while_stopping=True, while_moving=True, during=_AT_WORK),
         Command.RESIZE: Rule(frozenset({State.STOPPED}), excludes=frozenset({WDIFF_SEND})),
         Command.KICK: Rule(_STARTED, while_stopping=True, while_moving=True),
         Command.GET_LATEST_SNAP: Rule(_KNOWN, while_stopping=True, while_moving=True),

@@ -125,9 +125,8 @@ class VolumeStore:
                 self.fs.remove_tree(self.sendto(archive))
         return record
 
-    def clear(self, record: VolumeRecord) -> None:
-        """Remove everything, unsent wdiffs included."""
-        self.save(msgspec.structs.replace(record, clearing=True))
+    def remove(self) -> None:
+        """Remove everything, unsent wdiffs included; the record says `clearing` by now."""
         _hit(FP_VOLUME_BEFORE_REMOVE, self.path, "remove")
         self._remove_all()
 

@@ -24,7 +24,7 @@ from walbd.daemon.env import Env, Pool
 from walbd.daemon.logs import error_fields
 from walbd.daemon.states import Machine, StopMode
 from walbd.daemon.tasks import uninterrupted
-from walbd.errors import BadState, CorruptData, DiskFailed, ForceStopped, NotFound, WalbError
+from walbd.errors import AlreadyExists, BadState, CorruptData, DiskFailed, ForceStopped, NotFound, WalbError
 from walbd.format.meta import Diff, diff_name, merge_all
 from walbd.format.wdiff_read import WdiffReader, open_wdiff
 from walbd.fs import File, FileSystem
@@ -172,6 +172,8 @@ class Volume:
         """
         async with self.machine.transition(Command.START, nothing_to_save):
             if not at_start_up:
+                if self.record.clearing:  # a clear-vol that failed: what is left is wanted after all
+                    await self._save(self.record)
                 await self._relist()
             try:
                 await self.link_received()
@@ -185,7 +187,8 @@ class Volume:
     async def clear(self) -> None:
         """To Clear: remove everything, unsent wdiffs included."""
         async with self.machine.transition(Command.CLEAR_VOL, nothing_to_save), self._lock:
-            await self._env.pools.run(Pool.RECORD, self._store.clear, self.record)
+            await self._save(self.record, clearing=True)
+            await self._env.pools.run(Pool.RECORD, self._store.remove)
             self._forget()
         self.broken = None
 
@@ -223,12 +226,21 @@ class Volume:
     # --- archives
 
     async def add_archive(self, info: ArchiveInfo) -> None:
-        """Add an archive that is not there yet; the first one makes the volume known."""
+        """Add an archive; the first one makes the volume known. Raises AlreadyExists."""
+        if info.archive in self.hops:
+            raise AlreadyExists(
+                "the volume is sent to that archive already",
+                hint="use archive-info update to change the entry",
+                volume=self.name,
+                archive=info.archive,
+            )
         new = self.machine.state is State.CLEAR
         async with self.machine.transition(Command.ADD_ARCHIVE, nothing_to_save), self._lock:
             try:
                 if new:
                     await self._env.pools.run(Pool.RECORD, self._store.create)
+                if info.archive in self.record.removing:
+                    await self._env.pools.run(Pool.RECORD, self._store.remove_archive, info.archive)
                 await self._env.pools.run(Pool.RECORD, self._store.add_archive, info.archive)
                 await self._save_archives(info.archive, _entry(info))
             except BaseException:
@@ -247,17 +259,20 @@ class Volume:
             hop.entry = _entry(info)
 
     async def delete_archive(self, archive: str) -> None:
-        """Remove an archive and what it has still to get; the last one clears the volume."""
-        last = set(self.hops) == {archive}
+        """Remove an archive and what it has still to get; the last one clears the volume. Raises NotFound."""
+        self.hop(archive)
+        last = len(self.hops) == 1
         command = Command.DELETE_LAST_ARCHIVE if last else Command.DELETE_ARCHIVE
         async with self.machine.transition(command, nothing_to_save), self._lock:
             if last:
-                await self._env.pools.run(Pool.RECORD, self._store.clear, self.record)
-                self._forget()
-            elif archive in self.hops:
+                await self._save(self.record, clearing=True)
+            else:
                 await self._save_archives(archive, None)
                 del self.hops[archive]
-                await self._env.pools.run(Pool.RECORD, self._store.remove_archive, archive)
+            await self._env.pools.run(Pool.RECORD, self._store.remove_archive, archive)
+            if last:
+                await self._env.pools.run(Pool.RECORD, self._store.remove)
+                self._forget()
 
     # --- wdiffs
 
@@ -374,8 +389,9 @@ class Volume:
         self.received = DiffSet()
         self.machine.changed.set()
 
-    async def _save(self, record: VolumeRecord) -> None:
-        """Replace the record, on disk and then here; the caller holds the lock."""
+    async def _save(self, record: VolumeRecord, *, clearing: bool = False) -> None:
+        """Replace the record, on disk and then here; commands and receptions exclude each other."""
+        record = msgspec.structs.replace(record, clearing=clearing)
         await self._env.pools.run(Pool.RECORD, self._store.save, record)
         self.record = record
 

@@ -88,6 +88,7 @@ class FakeArchive:
     broken: int = 0  # streams that did not come to their end
     streaming: int = 0
     changed: Signal = field(default_factory=Signal)
+    address: Address = field(default_factory=lambda: Address("127.0.0.1", 0))
 
     def __post_init__(self) -> None:
         self.image = self.image or bytes(self.size_b)
@@ -95,7 +96,6 @@ class FakeArchive:
         self._server: Server | None = None
         self._running: asyncio.Task[None] | None = None
         self._end = asyncio.Event()
-        self.address = Address("127.0.0.1", 0)
 
     async def __aenter__(self) -> FakeArchive:
         await self.up()

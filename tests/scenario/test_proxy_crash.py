@@ -195,28 +195,39 @@ async def make_two(rig: ProxyRig, a0: FakeArchive, a1: FakeArchive) -> None:
 
 
 @pytest.mark.parametrize("name", ["proxy.record.before_save", "proxy.archive.before_remove"])
-async def test_archive_that_is_half_deleted(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("crash", [True, False])
+async def test_archive_that_is_half_deleted(tmp_path: Path, name: str, crash: bool) -> None:
     async with FakeArchive("a0") as a0, FakeArchive("a1") as a1, proxy(tmp_path, start_stopped=True) as rig:
         await make_two(rig, a0, a1)
         failpoints.arm(f"{name}=eio")
         with pytest.raises(RemoteError):
             await rig.call(DeleteArchiveInfo(volume="vol0", archive="a0"))
-        await rig.restart()
+        if crash:
+            await rig.restart()
         names = (await rig.call(ListArchiveInfo(volume="vol0"))).names
         if name == "proxy.record.before_save":
             assert names == ["a0", "a1"]
             assert len(rig.files("sendto/a0")) == 1
         else:
             assert names == ["a1"]
-            assert not (tmp_path / "vol0" / "sendto" / "a0").exists()
+            assert (tmp_path / "vol0" / "sendto" / "a0").exists() is not crash
             await rig.add(a0)  # again, from nothing
             assert await rig.waiting("a0") == []
         assert await rig.waiting("a1") == ["|0|-->|1|"]
 
 
-@pytest.mark.parametrize("name", ["proxy.record.before_save", "proxy.volume.before_remove"])
-@pytest.mark.parametrize("by", ["clear-vol", "delete"])
-async def test_volume_that_is_half_cleared(tmp_path: Path, name: str, by: str) -> None:
+@pytest.mark.parametrize(
+    ("by", "name"),
+    [
+        ("clear-vol", "proxy.record.before_save"),
+        ("clear-vol", "proxy.volume.before_remove"),
+        ("delete", "proxy.record.before_save"),
+        ("delete", "proxy.archive.before_remove"),
+        ("delete", "proxy.volume.before_remove"),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True])
+async def test_volume_that_is_half_cleared(tmp_path: Path, name: str, by: str, again: bool) -> None:
     async with FakeArchive("a0") as a0, FakeArchive("a1") as a1, proxy(tmp_path, start_stopped=True) as rig:
         await make_two(rig, a0, a1)
         if by == "delete":
@@ -227,8 +238,15 @@ async def test_volume_that_is_half_cleared(tmp_path: Path, name: str, by: str) -
                 ClearVol(volume="vol0") if by == "clear-vol" else DeleteArchiveInfo(volume="vol0", archive="a0")
             )
         assert await rig.state() == "Stopped"
+        if again:  # the operator thinks better of it
+            await rig.call(Start(volume="vol0"))
+            await rig.stop_volume()
         await rig.restart()
-        if name == "proxy.record.before_save":
+        if again:
+            assert await rig.state() == "Stopped"
+            await rig.call(Start(volume="vol0"))
+            assert await rig.state() == "Started"
+        elif name == "proxy.record.before_save":
             assert await rig.state() == "Stopped"
             assert await rig.waiting("a0") == ["|0|-->|1|"]
         else:
