@@ -69,7 +69,7 @@ cdef enum:
     ENOTSUP = 95
 
     CHUNK_CLASS_B = (1 << 20) + (1 << 16)  # so that a request of 1 MiB fits whole
-    SPARE_MAX = 32  # chunks kept for the next use
+    SPARE_MAX = 64  # chunks kept for the next use
 
 
 CHUNK_B = CHUNK_CLASS_B  # the usual size of a receive buffer [byte]

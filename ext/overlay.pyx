@@ -64,6 +64,7 @@ cdef extern from "<sys/uio.h>" nogil:
 
 cdef enum:
     LB = 512
+    GIL_KEEP_N = 256  # fewer records than this are inserted without giving up the GIL
 
 
 cdef class _Table:
@@ -117,7 +118,6 @@ cdef class Overlay:
         cdef Py_ssize_t i
         cdef int failed = 0
         cdef bint uses_data = False
-        cdef const uint8_t* p
         if table.n == 0:
             return
         for i in range(table.n):
@@ -130,21 +130,11 @@ cdef class Overlay:
                 uses_data = True
                 if r[i].data_b > size_b or <uint64_t>r[i].io_size_lb * LB > size_b - r[i].data_b:
                     raise ValueError("record reaches outside its data")
-        with nogil:
-            for i in range(table.n):
-                if r[i].flags & WALB_PADDING:
-                    continue
-                if r[i].flags & WALB_DISCARD:
-                    p = NULL
-                elif r[i].flags & WALB_ZEROS:
-                    p = walb_zeros
-                else:
-                    p = base + r[i].data_b
-                # The lsid of the pack, not of the record: a discard at a pack's end has the next pack's lsid.
-                seq = r[i].lsid - r[i].lsid_local
-                failed = imap_insert(&self.map, r[i].offset_lb, r[i].offset_lb + r[i].io_size_lb, seq, p)
-                if failed:
-                    break
+        if table.n < GIL_KEEP_N:
+            failed = _insert_all(&self.map, r, table.n, base, &seq)  # shorter than handing the GIL over and back
+        else:
+            with nogil:
+                failed = _insert_all(&self.map, r, table.n, base, &seq)
         if uses_data:
             self._owners.append((seq, held))
         if failed:
@@ -298,6 +288,27 @@ cdef class Overlay:
         if n > 0:
             return walb_pwritev_all(fd, iov, n, begin * LB)
         return 0
+
+
+cdef int _insert_all(imap* map, const walb_log_record* r, Py_ssize_t n, const uint8_t* base,
+                     uint64_t* seq) noexcept nogil:
+    """Insert records; return nonzero without memory. `seq`: pack lsid of the last one that is no padding."""
+    cdef Py_ssize_t i
+    cdef const uint8_t* p
+    for i in range(n):
+        if r[i].flags & WALB_PADDING:
+            continue
+        if r[i].flags & WALB_DISCARD:
+            p = NULL
+        elif r[i].flags & WALB_ZEROS:
+            p = walb_zeros
+        else:
+            p = base + r[i].data_b
+        # The lsid of the pack, not of the record: a discard at a pack's end has the next pack's lsid.
+        seq[0] = r[i].lsid - r[i].lsid_local
+        if imap_insert(map, r[i].offset_lb, r[i].offset_lb + r[i].io_size_lb, seq[0], p):
+            return -1
+    return 0
 
 
 cdef int _add_gap(bytearray gaps, walb_range q, uint64_t begin, uint64_t end) except -1:

@@ -54,6 +54,8 @@ cdef enum:
     RECORD_B = 32
     SECTOR_TYPE_LOGPACK = 3
     PB_MAX = 65535  # of a pack's data
+    PAGE_B = 4096
+    GIL_KEEP_B = 256 << 10  # work on less than this keeps the GIL
 
 
 cdef struct _Record:  # a record with data, whose checksum is still to be computed
@@ -375,24 +377,47 @@ cdef class LogBatch:
         self.size_b += size_b
         return 0
 
-    def seal(self):
-        """Compute all checksums, without the GIL; nothing can be added afterwards."""
+    def seal(self, uint64_t fill_limit=0):
+        """Compute all checksums, without the GIL when it takes long; nothing can be added afterwards.
+
+        The batch is filled with zeros up to the next multiple of 4096 bytes on the device if that stays below
+        the lsid `fill_limit`: writing whole pages spares the kernel reading what is on the rest of the page.
+        """
+        if self._sealed:
+            raise ValueError("the batch is sealed")
+        self._fill(fill_limit)
+        self._header = NULL
+        self._sealed = True
+        if self.data_b < GIL_KEEP_B:
+            self._seal()  # shorter than handing the GIL over and back
+        else:
+            with nogil:
+                self._seal()
+
+    cdef int _fill(self, uint64_t fill_limit) except -1:
+        cdef Packer p = self._packer
+        cdef uint64_t fill_b
+        cdef uint64_t lap_rest = p.ring_pb - self.lsid_end % p.ring_pb
+        if self.n_packs == 0 or self._next_b % PAGE_B == 0:
+            return 0
+        if p.ring_begin_b + self.lsid_end % p.ring_pb * p.pbs != self._next_b:
+            return 0  # the last pack ends in a padding, or with the lap
+        fill_b = PAGE_B - self._next_b % PAGE_B
+        if fill_b // p.pbs <= lap_rest and self.lsid_end + fill_b // p.pbs <= fill_limit:
+            self._append_iov(walb_zeros, fill_b)
+        return 0
+
+    cdef void _seal(self) noexcept nogil:
         cdef uint32_t i
         cdef size_t k
         cdef uint32_t value
         cdef uint32_t salt = self._packer.salt
-        cdef int pbs = self._packer.pbs
-        if self._sealed:
-            raise ValueError("the batch is sealed")
-        self._header = NULL
-        self._sealed = True
-        with nogil:
-            for k in range(self._n_records):
-                value = walb_checksum(self._records[k].data, self._records[k].size_b, salt)
-                memcpy(self._records[k].field, &value, 4)
-            for i in range(self.n_packs):
-                value = walb_checksum(self._headers[i], pbs, salt)
-                memcpy(self._headers[i], &value, 4)
+        for k in range(self._n_records):
+            value = walb_checksum(self._records[k].data, self._records[k].size_b, salt)
+            memcpy(self._records[k].field, &value, 4)
+        for i in range(self.n_packs):
+            value = walb_checksum(self._headers[i], self._packer.pbs, salt)
+            memcpy(self._headers[i], &value, 4)
 
     def write(self, int fd):
         """Write the sealed batch to the log device, without the GIL. Once only. Raises OSError."""

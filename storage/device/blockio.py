@@ -17,8 +17,11 @@ def write_log(file: File, batch: LogBatch) -> None:
     """Write a sealed batch to its places in the ring."""
     fd = file.fileno()
     if fd >= 0:
-        with disk_errors(file.path, "write the log"):
+        try:  # not disk_errors at once: this is the hot path
             batch.write(fd)
+        except OSError as exc:
+            with disk_errors(file.path, "write the log"):
+                raise exc
         return
     for offset_b, buffers in batch.segments():
         file.pwritev(buffers, offset_b)
@@ -49,8 +52,11 @@ def read_cached(file: File, ranges: bytes, out: Chunk) -> bytes:
     fd = file.fileno()
     if fd < 0:
         return ranges
-    with disk_errors(file.path, "read the data device"):
+    try:  # as in write_log
         return read_ranges(fd, ranges, out, nowait=True)
+    except OSError as exc:
+        with disk_errors(file.path, "read the data device"):
+            raise exc
 
 
 def read_data(file: File, ranges: bytes, out: Chunk) -> None:

@@ -18,7 +18,6 @@ from walbd.errors import WalbError
 from walbd.ext.buffers import Buf
 from walbd.ext.nbd import Chunk
 from walbd.ext.overlay import Overlay
-from walbd.format.logpack import LOG_RECORD_B
 from walbd.fs import failpoints
 from walbd.storage.device.blockio import write_data
 from walbd.storage.device.core import Core
@@ -40,13 +39,24 @@ class LoggedBatch(NamedTuple):
 
     lsid_end: int
     parts: list[tuple[bytes, Buf | Chunk]]  # (walb_log_record table, data), in log order
-    data_b: int
+    cost_b: int  # memory held while pending
 
-    @property
-    def cost_b(self) -> int:
-        """Memory held while pending."""
-        n_records = sum(len(records) for records, _ in self.parts) // LOG_RECORD_B
-        return self.data_b + n_records * _RECORD_COST_B
+
+def cost_b(data_b: int, n_records: int) -> int:
+    """Return the memory that pending records hold."""
+    return data_b + n_records * _RECORD_COST_B
+
+
+def joined(parts: list[tuple[bytes, Buf | Chunk]]) -> list[tuple[bytes, Buf | Chunk]]:
+    """Join the tables of neighbours whose data are in the same buffer."""
+    found: list[tuple[bytes, Buf | Chunk]] = []
+    tables: list[bytes] = []
+    for i, (records, data) in enumerate(parts):
+        tables.append(records)
+        if i + 1 == len(parts) or parts[i + 1][1] is not data:
+            found.append((b"".join(tables), data))
+            tables = []
+    return found
 
 
 class DataStage:
@@ -85,7 +95,7 @@ class DataStage:
             if core.has_failed():
                 return
             batches = self._take()
-            parts = [part for batch in batches for part in batch.parts]
+            parts = joined([part for batch in batches for part in batch.parts])
             try:
                 await core.env.pools.run(Pool.RECEIVE, self._write, parts)
             except (WalbError, OSError, MemoryError) as exc:

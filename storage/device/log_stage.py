@@ -20,19 +20,20 @@ from walbd.daemon.env import Pool
 from walbd.daemon.nbd_server import Writes
 from walbd.errors import WalbError
 from walbd.ext.packer import LogBatch, Packer
+from walbd.format.logpack import LOG_RECORD_B
 from walbd.format.superblock import Superblock
 from walbd.fs import failpoints
 from walbd.protocol.nbd import Error
 from walbd.storage.device.blockio import write_log
 from walbd.storage.device.core import Core
-from walbd.storage.device.data_stage import DataStage, LoggedBatch
+from walbd.storage.device.data_stage import DataStage, LoggedBatch, cost_b
 from walbd.units import MIB
 
 log = structlog.get_logger()
 
 BATCH_MAX_B: Final = 4 * MIB
 RECORD_MAX_B: Final = 1 * MIB
-_SLOW_WRITE_S: Final = 0.005  # a write from the loop that took longer: the disk makes writers wait
+_SLOW_WRITE_S: Final = 0.05  # a write from the loop that took longer: the disk makes writers wait
 _SLOW_PAUSE_S: Final = 1.0  # for so long then, all writes go to threads
 
 FP_BEFORE_WRITE = failpoints.register(
@@ -219,11 +220,14 @@ class LogStage:
         self.ring_full = False
         lsids.latest = batch.lsid_end
         self._watch_ring()
+        # What lies in the ring behind the batch may be cleared as far as nobody needs it.
+        kept = lsids.prev_written if core.overflow else lsids.oldest
+        fill_limit = kept + core.ring_pb
         if batch.size_b <= self._inline_max_b and self._loop.time() >= self._slow_until:
-            self._write_inline(batch, parts)
+            self._write_inline(batch, parts, fill_limit)
         else:
             self._writing = self._loop.create_future()
-            self._spawn(batch, parts)
+            self._spawn(batch, parts, fill_limit)
         return True
 
     def _fill(self, batch: LogBatch, parts: list[_Part]) -> None:
@@ -242,10 +246,10 @@ class LogStage:
                 return
             queue.popleft()
 
-    def _write_inline(self, batch: LogBatch, parts: list[_Part]) -> None:
+    def _write_inline(self, batch: LogBatch, parts: list[_Part], fill_limit: int) -> None:
         began = self._loop.time()
         try:
-            self._write(batch)
+            self._write(batch, fill_limit)
         except (WalbError, OSError) as exc:
             self._write_failed(parts, exc)
             return
@@ -253,13 +257,13 @@ class LogStage:
             self._slow_until = self._loop.time() + _SLOW_PAUSE_S
         self._logged(batch, parts)
 
-    def _spawn(self, batch: LogBatch, parts: list[_Part]) -> None:
-        self._data.tasks.create_task(self._write_in_thread(batch, parts), name="log-write")
+    def _spawn(self, batch: LogBatch, parts: list[_Part], fill_limit: int) -> None:
+        self._data.tasks.create_task(self._write_in_thread(batch, parts, fill_limit), name="log-write")
 
-    async def _write_in_thread(self, batch: LogBatch, parts: list[_Part]) -> None:
+    async def _write_in_thread(self, batch: LogBatch, parts: list[_Part], fill_limit: int) -> None:
         assert self._writing is not None
         try:
-            await self._core.env.pools.run(Pool.RECEIVE, self._write, batch)
+            await self._core.env.pools.run(Pool.RECEIVE, self._write, batch, fill_limit)
         except (WalbError, OSError) as exc:
             self._writing = None
             self._write_failed(parts, exc)
@@ -269,8 +273,8 @@ class LogStage:
         self._core.settled.set()
         self.kick()
 
-    def _write(self, batch: LogBatch) -> None:
-        batch.seal()
+    def _write(self, batch: LogBatch, fill_limit: int) -> None:
+        batch.seal(fill_limit)
         failpoints.hit(FP_BEFORE_WRITE)
         write_log(self._core.ldev, batch)
         failpoints.hit(FP_AFTER_WRITE)
@@ -283,9 +287,8 @@ class LogStage:
             self._write_failed(parts)
             return
         try:
-            self._data.add(
-                LoggedBatch(batch.lsid_end, [(part.records, part.writes.data) for part in parts], batch.data_b)
-            )
+            cost = cost_b(batch.data_b, sum([len(part.records) for part in parts]) // LOG_RECORD_B)
+            self._data.add(LoggedBatch(batch.lsid_end, [(part.records, part.writes.data) for part in parts], cost))
         except MemoryError as exc:
             self._write_failed(parts, exc)
             return

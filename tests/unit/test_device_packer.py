@@ -193,6 +193,39 @@ def test_misuse_is_refused() -> None:
         batch.seal()
 
 
+def test_a_batch_is_filled_up_to_a_page() -> None:
+    packer = make(512, 64, 8, 8)  # the ring begins at a page boundary
+    for n_lb, limit, filled_lb in ((1, 64, 6), (1, 8, 6), (1, 7, 0), (1, 0, 0), (7, 64, 0), (8, 64, 7)):
+        request = tables([reference.Request(1, 0, n_lb, b"x" * n_lb * LB)])
+        batch = packer.begin(0, 64)
+        batch.add(*request[:1], 0, 0, request[1], MIB)
+        batch.seal(limit)
+        ((offset_b, buffers),) = batch.segments()
+        data = b"".join(buffers)
+        assert (offset_b, len(data)) == (RING_BEGIN_B, (1 + n_lb + filled_lb) * LB)
+        assert data[(1 + n_lb) * LB :] == bytes(filled_lb * LB)
+        assert batch.size_b == len(data)
+        assert batch.lsid_end == 1 + n_lb
+
+
+def test_nothing_is_filled_behind_the_end_of_the_ring() -> None:
+    packer = make(512, 62, 8, 8)  # the last page is not whole
+    request = tables([reference.Request(1, 0, 3, b"x" * 3 * LB)])
+    for lsid, pieces in ((56, [4]), (58, [4]), (54, [4]), (45, [11])):
+        batch = packer.begin(lsid, 200)
+        batch.add(*request[:1], 0, 0, request[1], MIB)
+        batch.seal(200)
+        sizes = [len(b"".join(buffers)) // LB for _, buffers in batch.segments()]
+        assert sizes == pieces, lsid
+    trim = tables([reference.Request(1, 0, 3, b"x" * 3 * LB), reference.Request(1, 0, 8, b"y" * 8 * LB)])
+    batch = packer.begin(54, 200)
+    batch.add(*trim[:1], 0, 0, trim[1], MIB)  # the second record is behind a padding, in the next lap
+    batch.seal(200)
+    ends = [offset_b // LB + len(b"".join(buffers)) // LB for offset_b, buffers in batch.segments()]
+    assert ends[-1] * LB % 4096 == 0
+    assert all(end * LB <= RING_BEGIN_B + 62 * LB for end in ends)
+
+
 def test_write_equals_segments(tmp_path: object) -> None:
     rng = random.Random(1)
     path = f"{tmp_path}/log"

@@ -45,8 +45,9 @@ log = structlog.get_logger()
 
 _UNSENT_MAX_B: Final = 8 << 20  # replies not sent yet: above it a connection is not read
 _ROOM_MIN_B: Final = 64 << 10  # a receive buffer with less room is replaced
-_BATCH_READ_MAX_B: Final = 256 << 10  # larger batches are read one by one, in threads,
-_SMALL_READ_B: Final = 16 << 10  # unless the reads are small on average
+_LARGE_READ_B: Final = 128 << 10  # reads from here on, on average, are made one by one in threads;
+_BATCH_READ_MAX_B: Final = 1 << 20  # so are those of batches above this,
+_SMALL_READ_B: Final = 16 << 10  # unless they are small
 _STRUCTURED_HEADER_B: Final = 28
 _SIMPLE_HEADER_B: Final = 16
 _EXTENTS_MAX: Final = 512
@@ -449,7 +450,7 @@ class _Connection(asyncio.BufferedProtocol):
     def _read(self, table: bytes, read_b: int) -> None:
         n = len(table) // REQUEST_TABLE.size
         self._inflight += n
-        if read_b <= max(_BATCH_READ_MAX_B, _SMALL_READ_B * n):
+        if read_b < _LARGE_READ_B * n and read_b <= max(_BATCH_READ_MAX_B, _SMALL_READ_B * n):
             out, ranges = read_replies(table, self._structured)
             missing = self._backend.read_cached(ranges, out)
             if missing:
