@@ -8,34 +8,33 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self
 
-from walbd.daemon.tasks import uninterrupted
-
 
 class Pipeline:
     """Work that has been handed over and not awaited yet, at most `window_b` bytes of it.
 
-    With window 0 each piece of work begins after the one before has ended. Leaving the block waits for the work
-    that runs; its errors come out of `push` and `drain`.
+    With window 0 each piece of work begins after the one before has ended. An error of the work ends the block at
+    once, wherever it waits, and comes out of it. Leaving the block waits for the work that runs.
     """
 
     def __init__(self, window_b: int) -> None:
         self._window_b = window_b
         self._queue: deque[tuple[asyncio.Task[None], int]] = deque()
         self._in_flight_b = 0
+        self._tasks = asyncio.TaskGroup()
 
     async def push(self, work: Coroutine[Any, Any, None], size_b: int) -> None:
-        """Start `work` as soon as there is room for `size_b` more; raises what earlier work has raised."""
+        """Start `work` as soon as there is room for `size_b` more."""
         try:
             while self._queue and (self._in_flight_b + size_b > self._window_b or self._queue[0][0].done()):
                 await self._take_oldest()
         except BaseException:
             work.close()
             raise
-        self._queue.append((asyncio.create_task(work), size_b))
+        self._queue.append((self._tasks.create_task(work), size_b))
         self._in_flight_b += size_b
 
     async def drain(self) -> None:
-        """Return when all work has ended; raises its first error."""
+        """Return when all work has ended well."""
         while self._queue:
             await self._take_oldest()
 
@@ -47,16 +46,18 @@ class Pipeline:
         task.result()
 
     async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        tasks = [task for task, _ in self._queue]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await uninterrupted(_settle(tasks))
+        try:
+            await self._tasks.__aexit__(exc_type, exc, tb)
+        except BaseExceptionGroup as group:
+            if any(error is exc for error in group.exceptions):
+                return  # the block's own error goes on
+            raise group.exceptions[0] from None
 
 
 class SyncTimer:
@@ -76,7 +77,3 @@ class SyncTimer:
             return False
         self._written_b, self._since = 0, now
         return True
-
-
-async def _settle(tasks: list[asyncio.Task[None]]) -> None:
-    await asyncio.gather(*tasks, return_exceptions=True)

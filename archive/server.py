@@ -38,6 +38,7 @@ from walbd.daemon.server import Handler, Server
 from walbd.daemon.states import StopMode
 from walbd.daemon.tasks import uninterrupted
 from walbd.errors import Busy, DiskFailed, NotFound, UsageError, WalbError
+from walbd.format.superblock import LOG_VERSION
 from walbd.fs import File, FileSystem
 from walbd.ids import volume_name
 from walbd.protocol import control as c
@@ -59,7 +60,6 @@ from walbd.protocol.transfer import BackupDone, FullBackupOffer, WdiffOffer, Wdi
 log = structlog.get_logger()
 
 LOCK_NAME: Final = "archive.lock"  # no volume name has a dot
-LOG_FORMAT: Final = 1  # of the wlogs that this version understands
 
 Work = Callable[[Job], Awaitable[dict[str, Fact] | None]]
 
@@ -260,7 +260,7 @@ class ArchiveServer:
             version=walbd.__version__,
             protocol_min=VERSION_MIN,
             protocol_max=VERSION_MAX,
-            log_format=LOG_FORMAT,
+            log_format=LOG_VERSION,
             python=platform.python_version(),
         )
 

@@ -21,7 +21,7 @@ class Slots:
         self.n_max = n_max
         self.running = 0
         self._queue: deque[Turn] = deque()
-        self._changed = Signal()
+        self.changed = Signal()
 
     @property
     def waiting(self) -> int:
@@ -37,6 +37,7 @@ class Slots:
         """Queue up; leaving the turn's `with` block gives the place to the next."""
         turn = Turn(self)
         self._queue.append(turn)
+        self.changed.set()
         return turn
 
 
@@ -50,11 +51,11 @@ class Turn:
     async def comes(self) -> None:
         """Return when it is our turn; may be cancelled."""
         slots = self._slots
-        await slots._changed.wait_for(lambda: slots._queue[0] is self and slots.running < slots.n_max)
+        await slots.changed.wait_for(lambda: slots._queue[0] is self and slots.running < slots.n_max)
         slots._queue.popleft()
         slots.running += 1
         self._has_slot = True
-        slots._changed.set()
+        slots.changed.set()
 
     def __enter__(self) -> Self:
         return self
@@ -66,4 +67,4 @@ class Turn:
             self._slots.running -= 1
         else:
             self._slots._queue.remove(self)
-        self._slots._changed.set()
+        self._slots.changed.set()

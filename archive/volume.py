@@ -233,7 +233,7 @@ class Volume:
                 await asyncio.wait({watcher})  # where a cancellation that came last arrives
         except asyncio.CancelledError:
             if forced and task.uncancel() == 0:
-                self.check_force()
+                raise ForceStopped("given up because of a forced stop") from None
             raise
 
 

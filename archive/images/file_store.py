@@ -93,7 +93,10 @@ class FileStore:
         return self._directory(volume) / f"{gid}.img"
 
     def remove_restored(self, volume: str, gid: int) -> None:
-        self._fs.unlink(self.restored_path(volume, gid))
+        directory = self._directory(volume)
+        if self._fs.is_dir(directory):
+            self._fs.unlink(self.restored_path(volume, gid))
+            self._fs.sync_dir(directory)
 
     def remove_unfinished(self, volume: str) -> None:
         for name in self._names(volume):

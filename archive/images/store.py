@@ -64,7 +64,7 @@ class ImageStore(Protocol):
         """Return the path of a restored image, for whoever mounts it."""
 
     def remove_restored(self, volume: str, gid: int) -> None:
-        """Remove a restored image; a missing one is fine."""
+        """Remove a restored image, durably: it must not come back into a later history. A missing one is fine."""
 
     def remove_unfinished(self, volume: str) -> None:
         """Remove the unfinished copies that a crash left."""
