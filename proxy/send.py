@@ -249,10 +249,10 @@ class Sender:
 
     def _flag(self, hop: Hop, text: str, error: WalbError | None) -> Again:
         """Raise the error flag and try again slowly."""
-        again = Again(self._config.retry_delay_max_s)
-        log.error("wdiff.send_error_raised", error=text, hint=error.hint if error else "", retry_s=again.delay_s)
+        if not hop.needs_person or hop.error_text != text:  # not again and again
+            log.error("wdiff.send_error_raised", error=text, hint=error.hint if error else "")
         hop.flag(text)
-        return again
+        return Again(self._config.retry_delay_max_s)
 
 
 def gather_pieces(pieces: Iterator[bytes]) -> list[bytes]:
