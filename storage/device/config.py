@@ -56,7 +56,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     log_flush_interval_size: Annotated[int, Meta(ge=4 * KIB)] = 16 * MIB
     pending_max: Annotated[int, Meta(ge=2 * MIB)] = 64 * MIB
     inflight_max: Annotated[int, Meta(ge=MIB)] = 128 * MIB
-    inline_write_max: Bytes = 128 * KIB
+    inline_write_max: Bytes = 512 * KIB
     log_level: LogLevel = "info"
     log_format: LogFormat = "console"
 

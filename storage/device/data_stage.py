@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from walbd.daemon.env import Pool
+from walbd.daemon.tasks import Signal
 from walbd.errors import WalbError
 from walbd.ext.buffers import Buf
 from walbd.ext.nbd import Chunk
@@ -24,6 +25,7 @@ from walbd.storage.device.core import Core
 from walbd.units import MIB
 
 BATCH_MAX_B: Final = 8 * MIB
+GATHER_B: Final = 4 * MIB
 _RECORD_COST_B: Final = 192  # of memory for a pending record, besides its data
 
 FP_BEFORE_WRITE = failpoints.register(
@@ -62,13 +64,19 @@ def joined(parts: list[tuple[bytes, Buf | Chunk]]) -> list[tuple[bytes, Buf | Ch
 class DataStage:
     """What is logged and not yet on the data device."""
 
-    def __init__(self, core: Core, tasks: asyncio.TaskGroup, on_written: Callable[[], None]) -> None:
+    def __init__(
+        self, core: Core, tasks: asyncio.TaskGroup, on_written: Callable[[], None], *, delay_s: float
+    ) -> None:
+        """`delay_s`: how long a little permanent log waits for more, so that each flush is not a data write."""
         self.overlay = Overlay()
         self.pending_b = 0
         self.tasks = tasks
         self._core = core
         self._on_written = on_written
+        self._delay_s = delay_s
         self._pending: deque[LoggedBatch] = deque()
+        self._hurried = False
+        self._gathered = Signal()  # there is much to write now, or somebody waits for it
 
     def add(self, batch: LoggedBatch) -> None:
         """Take a batch that is in the log: from now on reads see it."""
@@ -76,6 +84,14 @@ class DataStage:
             self.overlay.insert(records, data)
         self._pending.append(batch)
         self.pending_b += batch.cost_b
+        if self.pending_b >= GATHER_B:
+            self._gathered.set()
+
+    def hurry(self) -> None:
+        """Write what is permanent without delay: somebody waits for it."""
+        if not self._hurried:
+            self._hurried = True
+            self._gathered.set()
 
     @property
     def is_empty(self) -> bool:
@@ -92,6 +108,7 @@ class DataStage:
         core, lsids = self._core, self._core.lsids
         while True:
             await core.log_advanced.wait_for(self._is_ready)
+            await self._gather()
             if core.has_failed():
                 return
             batches = self._take()
@@ -113,6 +130,17 @@ class DataStage:
             assert lsids.in_order(), lsids
             core.settled.set()
             self._on_written()
+
+    async def _gather(self) -> None:
+        """Wait a little for more to write."""
+        try:
+            async with asyncio.timeout(self._delay_s):
+                await self._gathered.wait_for(
+                    lambda: self._hurried or self.pending_b >= GATHER_B or self._core.has_failed()
+                )
+        except TimeoutError:
+            pass
+        self._hurried = False
 
     def _take(self) -> list[LoggedBatch]:
         """Return the first pending batches, all permanent; they stay pending."""

@@ -54,8 +54,9 @@ class Tuning:
     checkpoint_interval_s: float = 10.0
     flush_interval_s: float = 0.1  # log is made permanent after so long at the latest
     flush_interval_b: int = 16 * MIB  # or after so much
+    data_delay_s: float = 0.02  # a little permanent log waits so long for more before it goes to the data device
     pending_max_b: int = 64 * MIB  # logged and not yet on the data device: above it, writes wait
-    inline_max_b: int = 128 << 10  # log writes up to here are made from the event loop
+    inline_max_b: int = 512 << 10  # log writes up to here (0.1 ms) are made from the event loop
 
 
 class FreezeState(Enum):
@@ -77,7 +78,7 @@ class Engine:
         self.core = Core(env=env, ldev=opened.ldev, ddev=opened.ddev, superblock=opened.superblock, lsids=lsids)
         self.core.overflow = opened.overflow
         self.name = name
-        self.data = DataStage(self.core, tasks, self._on_written)
+        self.data = DataStage(self.core, tasks, self._on_written, delay_s=tuning.data_delay_s)
         self.checkpoints = Checkpointer(self.core, tuning.checkpoint_interval_s, self._on_checkpoint)
         self.log = LogStage(
             self.core,
@@ -215,6 +216,7 @@ class Engine:
             core.check_alive()
             if lsids.completed > lsids.permanent:
                 self.log.want_sync()
+            self.data.hurry()
             await core.settled.next()
         core.check_alive()
 

@@ -200,6 +200,7 @@ class LogStage:
                 return
             if self._data.pending_b >= self._pending_max_b:
                 self.want_sync()  # what is pending may wait for it
+                self._data.hurry()
                 return
             if not self._write_some():
                 return
@@ -318,6 +319,7 @@ class LogStage:
         if self._core.lsids.written > self._core.lsids.prev_written:
             self._want_checkpoint()
         self.want_sync()
+        self._data.hurry()
 
     def _watch_ring(self) -> None:
         core, lsids = self._core, self._core.lsids

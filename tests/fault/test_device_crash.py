@@ -25,6 +25,7 @@ TUNING = Tuning(
     checkpoint_interval_s=0.05,
     flush_interval_s=0.004,
     flush_interval_b=32 << 10,
+    data_delay_s=0.001,
     pending_max_b=64 << 10,
 )
 
