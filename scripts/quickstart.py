@@ -84,7 +84,7 @@ def run() -> None:
     group = GROUP.relative_to(ROOT)
     print(f"""
 Done in {time.monotonic() - started:.0f} s. The group keeps running; every write to {VOLUME} can be restored from
-about a second later on. Look around:
+about two seconds later on. Look around:
 
   export WALBD_GROUP={group}                  # so that walbc finds the group
   .venv/bin/walbc status

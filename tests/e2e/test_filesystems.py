@@ -1,0 +1,142 @@
+"""Real file systems over a device: nbdfuse makes a file of the volume, a loop device makes a disk of the file.
+
+500 MB of files are copied in while the full backup runs. A snapshot of the unmounted file system must be
+restored clean and equal; one taken in the middle of the copying must mount, as after a power failure.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.kit.group import Group, Volume, wait_until
+
+TOOLS = ["nbdfuse", "losetup", "mount", "umount", "mkfs.ext4", "mkfs.xfs", "e2fsck", "xfs_repair"]
+MISSING = [tool for tool in TOOLS if shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None]
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounting file systems needs root"),
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}"),
+    pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="this kernel has no fuse"),
+]
+
+SIZE_B = 1 << 30
+FILES_B = 500_000_000
+MKFS = {"ext4": ["mkfs.ext4", "-q"], "xfs": ["mkfs.xfs", "-q"]}
+CHECK = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"]}
+MOUNT = {"ext4": [], "xfs": ["-o", "nouuid"]}
+
+
+def run(*args: str | Path) -> str:
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    done = subprocess.run(
+        [str(arg) for arg in args],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ | {"PATH": path},
+    )
+    assert done.returncode == 0, f"{args}: {done.stdout}{done.stderr}"
+    return done.stdout.strip()
+
+
+@contextmanager
+def as_disk(volume: Volume, directory: Path) -> Iterator[Path]:
+    """Give the volume as a loop device."""
+    point = directory / "volume"
+    point.touch()
+    child = subprocess.Popen(["nbdfuse", point, f"nbd+unix:///?socket={volume.socket_path}"])
+    try:
+        wait_until(lambda: point.stat().st_size == SIZE_B or child.poll() is not None, "nbdfuse")
+        assert child.poll() is None
+        disk = run("losetup", "--direct-io=on", "--show", "-f", point)
+        try:
+            yield Path(disk)
+        finally:
+            run("losetup", "-d", disk)
+    finally:
+        subprocess.run(["umount", point], check=False)
+        child.wait(60)
+
+
+@contextmanager
+def mounted(disk: Path, point: Path, *options: str) -> Iterator[Path]:
+    point.mkdir(exist_ok=True)
+    run("mount", *options, disk, point)
+    try:
+        yield point
+    finally:
+        run("umount", point)
+
+
+def make_files(top: Path) -> None:
+    """Make a tree with files from a few bytes to 20 MB, a link, a hole, and names in many directories."""
+    rng = random.Random(1)
+    left, number = FILES_B, 0
+    while left > 0:
+        size = min(left, rng.choice([300, 5_000, 40_000, 700_000, 4_000_000, 20_000_000]))
+        directory = top / f"d{number % 17}" / f"e{number % 5}"
+        directory.mkdir(parents=True, exist_ok=True)
+        half = size // 2
+        (directory / f"f{number}").write_bytes(
+            rng.randbytes(half) + b"a line of text\n" * ((size - half) // 15 + 1)
+        )
+        left, number = left - size, number + 1
+    (top / "link").symlink_to("d1")
+    with (top / "hole").open("wb") as file:
+        file.truncate(10 << 20)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_file_system(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    make_files(source)
+    names = sorted(path.name for path in source.iterdir())
+    with Group(tmp_path / "g") as group, ExitStack() as stack:
+        volume = group.add_volume("vol0", size_b=SIZE_B, log_b=SIZE_B)
+        s0, a0 = group.s[0], group.a[0]
+        with as_disk(volume, tmp_path) as disk:
+            run(*MKFS[kind], disk)
+            with mounted(disk, tmp_path / "mnt") as top:
+                errors: list[BaseException] = []
+
+                def copy() -> None:
+                    try:
+                        for name in names:
+                            run("cp", "-a", source / name, top / name)
+                    except BaseException as exc:
+                        errors.append(exc)
+
+                copying = threading.Thread(target=copy)
+                copying.start()
+                stack.callback(copying.join)
+                group.ctl.full_backup(s0, "vol0", block=False)
+                wait_until(lambda: group.ctl.get_state(s0, "vol0") == "Target", "the full backup", timeout_s=300)
+                live = group.ctl.snapshot(s0, "vol0", [a0], timeoutS=300)
+                copying.join()
+                assert not errors
+            run("sync")
+        clean = group.ctl.snapshot(s0, "vol0", [a0], timeoutS=300)
+
+        for gid in (clean, live):
+            group.ctl.restore(a0, "vol0", gid, timeoutS=300)
+        image = Path(group.ctl.get_restored_path(a0, "vol0", clean))
+        run(*CHECK[kind], image)
+        with mounted(image, tmp_path / "restored", "-o", "loop,ro"):
+            run("diff", "-r", "--no-dereference", source, tmp_path / "restored", "--exclude=lost+found")
+
+        image = Path(group.ctl.get_restored_path(a0, "vol0", live))
+        with mounted(image, tmp_path / "crashed", "-o", "loop", *MOUNT[kind]):
+            pass  # the journal is replayed
+        run(*CHECK[kind], image)
