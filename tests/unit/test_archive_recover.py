@@ -249,12 +249,13 @@ async def test_broken_volume_is_isolated_and_left_alone(feed: Feed, tmp_path: Pa
     assert (status.state, text in status.error) == ("Broken", True), status.error
     assert await rig.state(VOL) == "Broken"
     assert VOL in (await rig.call(c.GetVolumes())).names
-    for request in (
+    refused: list[Any] = [
         c.Start(volume=VOL),
         c.Restore(volume=VOL, gid=1),
         c.ResetVol(volume=VOL),
         c.GetBase(volume=VOL),
-    ):
+    ]
+    for request in refused:
         with pytest.raises(RemoteError, match="the volume is broken") as caught:
             await rig.call(request)
         assert caught.value.hint
