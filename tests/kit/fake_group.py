@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+from tests.kit.group import free_port
 from walbd.controller import Controller, ServerConnectionParam, ServerLayout
 from walbd.controller.progress import Progress
 from walbd.daemon.conn import Connection, Me
@@ -74,7 +75,7 @@ class FakeServer:
         self.name = name
         self.kind = kind
         self.volumes: dict[str, FakeVolume] = {}
-        self.port = 0
+        self.port = free_port()
         self.jobs = Jobs(group.env.clock)
         self.tasks: asyncio.TaskGroup | None = None
         self._stop: asyncio.Event | None = None
@@ -104,7 +105,6 @@ class FakeServer:
         background: asyncio.Task[None] | None = None
         async with asyncio.TaskGroup() as tasks:
             await server.listen(tasks, [Address("127.0.0.1", self.port)])
-            self.port = server.addresses[0].port
             background = asyncio.create_task(self._jobs_group(stop))
             started.set_result(None)
             await stop.wait()

@@ -130,9 +130,10 @@ def test_connection_lost_for_too_long_is_a_timeout(group: FakeGroup) -> None:
 
 
 def test_job_that_takes_too_long(group: FakeGroup) -> None:
-    ctl, calls, _ = scripted(group, [job()])
+    ctl, calls, seen = scripted(group, [job()])
     with pytest.raises(TimedOut) as caught:
         ctl.wait_for_job(group.s[0], 3, 10, vol="vol0")
+    assert [p.ended for p in seen[-2:]] == [False, True]
     assert caught.value.facts == {"timeout_s": 10, "server": "s0", "volume": "vol0", "job": 3}
     assert 110 <= calls.time < 112
 
@@ -170,7 +171,7 @@ def test_state_is_waited_for(group: FakeGroup) -> None:
     ctl, calls, seen = scripted(group, [states[0], ConnectError("gone"), states[1], states[2]])
     assert ctl.wait_for_state(group.s[0], "vol0", ["StartTarget"], ["Target"]) == "Target"
     assert 100.89 < calls.time < 100.91
-    assert [p.note for p in seen] == ["", "gone", ""]
+    assert [(p.note, p.ended) for p in seen] == [("", False), ("gone", False), ("", False), ("", True)]
     assert {p.what for p in seen} == {"wait"}
 
 

@@ -226,7 +226,7 @@ def test_prompts_are_cut_off() -> None:
 def test_console_prints_errors_of_walbd(
     group: FakeGroup, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = iter(["python> walbc.start(s0, vol)", "1 / 0", "x = 41", "x + 1"])
+    lines = iter(["python> walbc.start(s0, vol)", "1 / 0", "raise KeyboardInterrupt", "x = 41", "x + 1"])
 
     def read(_prompt: str = "") -> str:
         try:
@@ -235,12 +235,15 @@ def test_console_prints_errors_of_walbd(
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
-    names, _ = variables(app_of(group, tmp_path))
+    app = app_of(group, tmp_path)
+    names, _ = variables(app)
     capsys.readouterr()
-    Console(names).interact(banner="", exitmsg="")
+    Console(app, names).interact(banner="", exitmsg="")
     said = capsys.readouterr()
     assert "walbc: not allowed in this state (server=s0 state=Standby)\nhint: allowed in: Stopped\n" in said.err
     assert "ZeroDivisionError" in said.err
+    assert "\nKeyboardInterrupt\n" in said.err
+    assert said.err.count("Traceback") == 1
     assert said.out.endswith("42\n")
 
 

@@ -49,7 +49,7 @@ def shell(app: App, script: str | None) -> int:
         return run_script(sys.stdin.read(), names)
     _use_history()
     sys.ps1, sys.ps2 = "walbc> ", "  ...> "
-    console = Console(names)
+    console = Console(app, names)
     console.interact(banner="\n".join(banner(app, names, remarks)), exitmsg="")
     return 0
 
@@ -130,15 +130,20 @@ def banner(app: App, names: dict[str, Any], remarks: list[str]) -> list[str]:
 class Console(code.InteractiveConsole):
     """The interactive loop; errors of walbd are printed as such, not as tracebacks."""
 
-    def __init__(self, names: dict[str, Any]) -> None:
+    def __init__(self, app: App, names: dict[str, Any]) -> None:
         super().__init__(names)
+        self._app = app
 
     def raw_input(self, prompt: str = "") -> str:
         return without_prompt(super().raw_input(prompt))
 
     def showtraceback(self) -> None:
+        self._app.end_progress()
         error = sys.exc_info()[1]
-        if error is not None and not print_walbd_error(error):
+        if isinstance(error, KeyboardInterrupt):
+            self._app.tell_interrupted()
+            self.write("\nKeyboardInterrupt\n")
+        elif error is not None and not print_walbd_error(error):
             super().showtraceback()
 
 

@@ -11,7 +11,7 @@ from walbd.cli.walbc_app import ARCHIVE, GID, SERVER, TIMEOUT, VOL, App, checked
 from walbd.controller.constants import UINT64_MAX, aActive
 from walbd.controller.overview import Overview, VolumeView
 from walbd.controller.servers import Server
-from walbd.errors import UsageError, WalbError
+from walbd.errors import NotFound, WalbError
 from walbd.format.meta import RestorePoint
 from walbd.protocol import control as c
 from walbd.protocol.codec import to_json_ready
@@ -176,7 +176,7 @@ def info(app: App, vol: str, all_points: bool) -> None:
     view = app.ctl.overview(checked(vol))
     volume = next((v for v in view.volumes if v.volume == vol), None)
     if volume is None:
-        raise UsageError("no server that answers knows the volume", hint="see `walbc status`", volume=vol)
+        raise NotFound("no server that answers knows the volume", hint="see `walbc status`", volume=vol)
     archives = [_archive_info(app, s, vol, view, volume, all_points) for s in app.layout.servers.archiveL]
     if app.as_json:
         about = to_json_ready(volume) | {"archives": archives}

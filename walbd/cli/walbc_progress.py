@@ -67,10 +67,10 @@ def amounts(progress: Progress, meter: Meter) -> str:
         parts.append(_amount(progress.done, progress.unit))
     if meter.rate > 0:
         parts.append(f"{_amount(meter.rate, progress.unit)}/s")
-    if (left_s := meter.left_s(progress)) is not None and not progress.ended:
+    if (left_s := meter.left_s(progress)) is not None:
         parts.append(f"{duration(left_s)} left")
-    if not parts or progress.ended:
-        parts.append(f"{duration(progress.elapsed_s)} so far" if not progress.ended else "ended")
+    if not parts:
+        parts.append(f"{duration(progress.elapsed_s)} so far")
     if progress.note:
         parts.append(progress.note)
     return ", ".join(parts)
@@ -91,7 +91,7 @@ def _amount(value: float, unit: str) -> str:
 
 
 class ProgressView:
-    """Shows progress: call it with each `Progress`, and `close` it before results are printed."""
+    """Shows progress: call it with each `Progress`; one that says `ended` takes a bar away, as `close` does."""
 
     def __init__(
         self, stream: TextIO, *, bar: bool, clock: Callable[[], float] = time.monotonic, quiet: bool = False
@@ -113,8 +113,11 @@ class ProgressView:
         now = self._clock()
         self._meter.feed(progress, now)
         if self._bar:
-            self._draw(progress)
-        elif now - self._last_line >= LINE_EVERY_S:
+            if progress.ended:
+                self.close()
+            else:
+                self._draw(progress)
+        elif not progress.ended and now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
             self._stream.write(f"{title(progress)}: {amounts(progress, self._meter)}\n")
             self._stream.flush()

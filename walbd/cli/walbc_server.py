@@ -32,6 +32,8 @@ def status(app: App, vol: str, check: bool) -> int:
     Each line begins with ok, warn, error or down. Works when servers are down.
     """
     view = app.ctl.overview(checked(vol) if vol else "")
+    if vol and not view.volumes:
+        raise NotFound("no server that answers knows the volume", hint="see `walbc status`", volume=vol)
     if app.as_json:
         app.tell(view.to_json())
     else:

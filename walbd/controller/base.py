@@ -6,6 +6,7 @@ that does not answer for a while does not end them. Source: docs/controller.md, 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -154,19 +155,20 @@ class Base:
         """
         began = self.calls.now()
         last: WalbError | None = None
-        while True:
-            try:
-                value = probe()
-                last = None
-                if value is not None:
-                    return value
-            except _PASSING as exc:
-                last = exc
-            elapsed = self.calls.now() - began
-            if elapsed >= timeoutS:
-                raise self._timed_out(what, timeoutS, s, vol, last)
-            self.progress(
-                Progress(
+        shown: Progress | None = None
+        try:
+            while True:
+                try:
+                    value = probe()
+                    last = None
+                    if value is not None:
+                        return value
+                except _PASSING as exc:
+                    last = exc
+                elapsed = self.calls.now() - began
+                if elapsed >= timeoutS:
+                    raise self._timed_out(what, timeoutS, s, vol, last)
+                shown = Progress(
                     what="wait",
                     volume=vol,
                     server=s.name if s is not None else "",
@@ -175,8 +177,10 @@ class Base:
                     elapsed_s=elapsed,
                     note=str(last) if last is not None else "",
                 )
-            )
-            self.calls.sleep(min(POLL_S, timeoutS - elapsed))
+                self.progress(shown)
+                self.calls.sleep(min(POLL_S, timeoutS - elapsed))
+        finally:
+            self._end_progress(shown)
 
     def wait_for_state(
         self,
@@ -218,29 +222,32 @@ class Base:
         """
         began = self.calls.now()
         seen: JobInfo | None = None
-        while True:
-            left = max(0.0, timeoutS - (self.calls.now() - began))
-            wait_s = min(_JOB_WAIT_S, left)
-            note = ""
-            try:
-                info = self.ask(s, WaitJob(job=job, wait_s=wait_s), wait_s + (self.timeoutS or DEFAULT_TIMEOUT_S))
-            except NotFound:
-                return None
-            except _PASSING as exc:
+        shown: Progress | None = None
+        try:
+            while True:
+                left = max(0.0, timeoutS - (self.calls.now() - began))
+                note = ""
+                try:
+                    info = self._look_at_job(s, job, min(_JOB_WAIT_S, left))
+                except NotFound:
+                    return None
+                except _PASSING as exc:
+                    if left <= 0:
+                        raise self._timed_out(f"job {job}", timeoutS, s, vol, exc, job=job) from exc
+                    note = str(exc)
+                    self.calls.sleep(min(POLL_S, left))
+                else:
+                    if (vol and info.volume != vol) or (seen is not None and seen.started != info.started):
+                        return None  # the daemon has restarted and counts anew: this is another job
+                    seen = info
+                shown = self._progress_of(s, seen, job, what, vol, self.calls.now() - began, note)
+                self.progress(shown)
+                if seen is not None and not note and seen.state is not JobState.RUNNING:
+                    return self._ended(s, seen)
                 if left <= 0:
-                    raise self._timed_out(f"job {job}", timeoutS, s, vol, exc, job=job) from exc
-                note = str(exc)
-                self.calls.sleep(min(POLL_S, left))
-            else:
-                if (vol and info.volume != vol) or (seen is not None and seen.started != info.started):
-                    return None  # the daemon has restarted and counts anew: this is another job
-                seen = info
-            if seen is not None or note:
-                self.progress(self._progress_of(s, seen, job, what, vol, self.calls.now() - began, note))
-            if seen is not None and not note and seen.state is not JobState.RUNNING:
-                return self._ended(s, seen)
-            if left <= 0:
-                raise self._timed_out(f"job {job}", timeoutS, s, vol, None, job=job)
+                    raise self._timed_out(f"job {job}", timeoutS, s, vol, None, job=job)
+        finally:
+            self._end_progress(shown)
 
     def say(self, text: str) -> None:
         """Write a remark to stderr."""
@@ -252,6 +259,19 @@ class Base:
         sys.stdout.write(text + "\n")
 
     # Inner parts
+
+    def _look_at_job(self, s: Server, job: int, wait_s: float) -> JobInfo:
+        """Return a job when it has ended, or after `wait_s`."""
+        return self.ask(s, WaitJob(job=job, wait_s=wait_s), wait_s + (self.timeoutS or DEFAULT_TIMEOUT_S))
+
+    def _end_progress(self, shown: Progress | None) -> None:
+        """Say that nothing is waited for any more, if something was shown and did not say so itself.
+
+        Not after an interrupt: then the work goes on, and the last thing shown says which.
+        """
+        interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+        if shown is not None and not shown.ended and not interrupted:
+            self.progress(dataclasses.replace(shown, ended=True, note=""))
 
     def _check(self, s: Server, vol: str, *kinds: int) -> None:
         """Check the arguments that nearly every method has."""

@@ -8,7 +8,6 @@ simulation can put something else in its place.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import threading
 import weakref
@@ -205,9 +204,8 @@ def identity(
 
 def default_node() -> str:
     """Return the host's name, or `walbc` where it is no legal name of a node."""
-    name = os.environ.get("WALBC_NODE") or socket.gethostname()
     try:
-        return node_name(name)
+        return node_name(socket.gethostname())
     except UsageError:
         return "walbc"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from collections import defaultdict
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ class Queries(Base):
         """Look at all servers of the layout at once and judge what is seen; servers may be down."""
         if vol:
             verify_volume(vol)
-        replies = self.ask_each(self.sLayout.get_all(), c.GetStatus(volume=vol), timeoutS)
+        replies = _only(vol, self.ask_each(self.sLayout.get_all(), c.GetStatus(), timeoutS))
         jobs = self.ask_each([s for s, r in replies.items() if not isinstance(r, WalbError)], GetJobs(volume=vol))
         return make_overview(replies, jobs, vol, self.sLayout)
 
@@ -75,7 +76,7 @@ class Queries(Base):
         if vol is not None:
             verify_volume(vol)
         servers = self._servers(sL)
-        replies = self.ask_each(servers, c.GetStatus(volume=vol or ""), timeoutS)
+        replies = _only(vol or "", self.ask_each(servers, c.GetStatus(), timeoutS))
         for line in overview_lines(make_overview(replies, {}, vol or "", self.sLayout)):
             self.put(line)
 
@@ -383,6 +384,18 @@ def require_state(s: Server, vol: str, state: str, states: Sequence[str], hint: 
             state=state,
             expected=" or ".join(states),
         )
+
+
+def _only(vol: str, replies: dict[Server, c.StatusReply | WalbError]) -> dict[Server, c.StatusReply | WalbError]:
+    """Leave out other volumes than `vol`, unless it is empty."""
+    if not vol:
+        return replies
+    return {
+        s: r
+        if isinstance(r, WalbError)
+        else dataclasses.replace(r, volumes=[v for v in r.volumes if v.volume == vol])
+        for s, r in replies.items()
+    }
 
 
 def _gid(gid: int | None) -> int:
