@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _SLICE_S: Final = 0.1
+_LEAST_S: Final = 0.001  # below it, rounding could make a wait for nothing
 _BURST_S: Final = 1.0
 
 
@@ -29,16 +30,18 @@ class Pace:
 
     async def spend(self, size_b: int, tick: Callable[[], Awaitable[None]]) -> None:
         """Return when `size_b` more may have been read; `tick` is awaited now and then during the wait."""
+        self._earn()
         self._credit_b -= size_b
-        while True:
-            speed = self._limit.bytes_per_s
-            now = self._loop.time()
-            if not speed:
-                self._credit_b, self._at = 0.0, now
-                return
-            self._credit_b = min(self._credit_b + (now - self._at) * speed, speed * _BURST_S)
-            self._at = now
-            if self._credit_b >= 0:
-                return
-            await asyncio.sleep(min(_SLICE_S, -self._credit_b / speed))
+        while (speed := self._earn()) and self._credit_b < 0:
+            await asyncio.sleep(min(max(-self._credit_b / speed, _LEAST_S), _SLICE_S))
             await tick()
+
+    def _earn(self) -> int:
+        """Add the credit of the time since the last call; return the speed, 0 for no limit."""
+        speed, now = self._limit.bytes_per_s, self._loop.time()
+        if speed:
+            self._credit_b = min(self._credit_b + (now - self._at) * speed, speed * _BURST_S)
+        else:
+            self._credit_b = 0.0
+        self._at = now
+        return speed

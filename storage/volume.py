@@ -27,6 +27,7 @@ from walbd.daemon.states import Machine, StopMode
 from walbd.daemon.tasks import uninterrupted
 from walbd.errors import (
     BadState,
+    ConnectError,
     ForceStopped,
     HistoryBroken,
     ReadOnlyDevice,
@@ -87,6 +88,10 @@ class Candidate:
 
     lsid: int
     timestamp: int
+
+    def is_ready(self, sample: LsidSample) -> bool:
+        """Say whether the log is permanent up to here, and whether a pack begins here can be told."""
+        return self.lsid < sample.permanent or self.lsid == sample.permanent == sample.latest
 
 
 class Volume:
@@ -367,13 +372,44 @@ class Volume:
         is called again when the waiting is over. Raises WlogOverflow, HistoryBroken, TimedOut, ReadOnlyDevice.
         """
         while True:
-            sample = (await self.info()).lsids
-            check_history(self.record, sample)
-            await self.wait_permanent(sample)
+            lsid = await self._permanent_end()
             check()
-            point = await self.push_point(sample.latest, explicit=True, now=self.shared.now())
+            point = await self.push_point(lsid, explicit=True, now=self.shared.now())
             if point is not None:
                 return point
+
+    async def _permanent_end(self) -> int:
+        """Return where the log ends now, once it is permanent up to there.
+
+        Asked on one connection: after a restart of the device that lsid could lie within a pack.
+        """
+        end, limit_s = -1, self.shared.config.io_timeout_s
+        await self.info()  # for the size of a block
+        try:
+            async with asyncio.timeout(limit_s), self.device.watch() as samples:
+                async for sample in samples:
+                    check_history(self.record, sample)
+                    end = sample.latest if end < 0 else end
+                    if sample.permanent >= end:
+                        return end
+                    if sample.read_only:
+                        raise ReadOnlyDevice("the device has failed: its log will not become permanent")
+        except TimeoutError as exc:
+            raise TimedOut("the log did not become permanent in time", lsid=end, timeout_s=limit_s) from exc
+        raise ConnectError("the device has ended the watch")
+
+    async def is_pack_begin(self, lsid: int, sample: LsidSample) -> bool:
+        """Say whether a pack begins at `lsid`, or the log ends there: only there may a snapshot be.
+
+        A device that was restarted may have lost the log of which `lsid` was the end, and gone on differently.
+        """
+        if lsid == sample.latest:
+            return True
+        log_reader = await self.device.open_log()
+        try:
+            return await self.shared.env.pools.run(Pool.SEND, log_reader.ring.has_pack, lsid)
+        finally:
+            log_reader.close()
 
     async def push_point(self, lsid: int, *, explicit: bool, now: int) -> LogPoint | None:
         """Push a snapshot at `lsid`, durably; None when a later one was pushed meanwhile.
@@ -400,25 +436,6 @@ class Volume:
         await self.update(push)
         hit(FP_SNAPSHOT_AFTER_SAVE, self.directory)
         return made[0] if made else None
-
-    async def wait_permanent(self, wanted: LsidSample) -> None:
-        """Return once the log up to `wanted.latest` is permanent."""
-        if wanted.permanent >= wanted.latest:
-            return
-        limit_s = self.shared.config.io_timeout_s
-        try:
-            async with asyncio.timeout(limit_s), self.device.watch() as samples:
-                async for sample in samples:
-                    if sample.uuid != wanted.uuid:
-                        raise HistoryBroken("the log was reset meanwhile")
-                    if sample.permanent >= wanted.latest:
-                        return
-                    if sample.read_only:
-                        raise ReadOnlyDevice("the device has failed: its log will not become permanent")
-        except TimeoutError as exc:
-            raise TimedOut(
-                "the log did not become permanent in time", lsid=wanted.latest, timeout_s=limit_s
-            ) from exc
 
     # the log in the device
 
@@ -491,7 +508,7 @@ class Volume:
             self.device_error = ""
             scheduler.hurry(self.name)
             return
-        waited_for = self.candidate is not None and sample.permanent >= self.candidate.lsid
+        waited_for = self.candidate is not None and self.candidate.is_ready(sample)
         if scheduler.is_running(self.name):
             self.more = True  # pushed now, it would replace the delay after a failure of that run
         elif waited_for and not scheduler.failures(self.name):

@@ -147,13 +147,16 @@ class Worker:
         candidate = volume.candidate
         if candidate is not None and candidate.lsid <= record.newest.lsid:
             candidate = None  # an explicit snapshot came later, or this one was taken
-        if candidate is None and is_implicit_due(
-            record.queue, sample.latest, now, volume.shared.config.snapshot_interval_s
-        ):
-            candidate = Candidate(sample.latest, now)
-        if candidate is not None and candidate.lsid <= sample.permanent:
-            await volume.push_point(candidate.lsid, explicit=False, now=candidate.timestamp)
+        if candidate is not None and candidate.is_ready(sample):
+            if await volume.is_pack_begin(candidate.lsid, sample):
+                await volume.push_point(candidate.lsid, explicit=False, now=candidate.timestamp)
             candidate = None
+        interval_s = volume.shared.config.snapshot_interval_s
+        if candidate is None and is_implicit_due(volume.record.queue, sample.latest, now, interval_s):
+            candidate = Candidate(sample.latest, now)
+            if candidate.is_ready(sample):
+                await volume.push_point(candidate.lsid, explicit=False, now=now)
+                candidate = None
         volume.candidate = candidate
         record = volume.record
         return plan_transfer(record.done, record.queue, sample.permanent, size_max_pb=volume.size_max_pb)

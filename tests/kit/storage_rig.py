@@ -354,6 +354,8 @@ class Rig:
     options: dict[str, Any] = field(default_factory=dict)
     net: Network = field(default_factory=OsNetwork)
     pools: Pools | None = None
+    deadline_s: float = DEADLINE_S  # of waits for conditions
+    poll_s: float = 0.002
 
     def __post_init__(self) -> None:
         self.clock = ManualClock()
@@ -535,13 +537,13 @@ class Rig:
     async def until(self, condition: Callable[[], Any], what: str = "condition") -> None:
         """Wait for a condition with a deadline; raises Killed when the daemon was killed meanwhile."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + DEADLINE_S
+        deadline = loop.time() + self.deadline_s
         while not condition():
             if self.dead:
                 raise Killed("the daemon was killed")
             if loop.time() > deadline:
                 raise AssertionError(f"waited too long for {what}")
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(self.poll_s)
 
     def delivered(self, volume: str = VOL, device: FakeDevice | None = None) -> bool:
         """Say whether everything permanent in the log is delivered and recorded so."""

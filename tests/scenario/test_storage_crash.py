@@ -116,7 +116,7 @@ class Driver:
             assert rig.archive.restore(gid) == image
 
 
-@pytest.mark.parametrize("skip", [0, 1, 3])
+@pytest.mark.parametrize("skip", [0, 2])
 @pytest.mark.parametrize("point", POINTS)
 async def test_kill_at_each_failpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, skip: int

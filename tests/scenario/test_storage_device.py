@@ -173,7 +173,7 @@ async def test_every_state_survives_a_restart(tmp_path: Path) -> None:
             (rig.stop_volume, "Stopped"),
             (rig.start_volume, "Target"),
         ):
-            await bring()  # type: ignore[operator]
+            await bring()
             await rig.restart()
             assert await rig.state() == state
         rig.device.scribble(3)
@@ -389,3 +389,25 @@ async def test_force_overrides_a_graceful_shutdown(tmp_path: Path) -> None:
         rig.archive.hold.set()
         await rig.start()
         assert await rig.state() == "SyncReady"
+
+
+async def test_a_planned_snapshot_whose_log_was_lost_is_forgotten(tmp_path: Path) -> None:
+    """The device crashes and writes on differently: the place of the snapshot lies within a pack now."""
+    rig = Rig(tmp_path / "s")
+    async with rig.running():
+        await rig.target()
+        await rig.until_delivered()
+        device, volume = rig.device, rig.server.volumes[VOL]
+        device.permanent_at_once = False
+        device.write(0, bytes([1]) * LB)
+        device.sync()
+        device.write(8, bytes([2]) * LB * 8)
+        await rig.until(lambda: volume.candidate is not None)
+        planned = device.latest
+        device.crash()
+        device.write(16, bytes([3]) * LB * 20)
+        assert device.latest > planned
+        device.sync()
+        await rig.until_delivered()
+        assert planned not in {piece.lsid_end for piece in rig.pieces}
+        assert rig.archive.restore(rig.archive.latest()) == bytes(device.data)
