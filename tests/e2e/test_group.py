@@ -15,6 +15,7 @@ def test_backup_snapshots_restore(tmp_path: Path, pbs: int) -> None:
         volume.scribble(50)
         before = bytes(volume.model)
         first = group.ctl.full_backup(s0, "vol0", timeoutS=WAIT_S)
+        assert first is not None
         assert group.restored(volume, first) == before
 
         points = {}
@@ -119,6 +120,7 @@ def test_overflow_stops_the_volume_loudly_and_a_full_backup_mends_it(tmp_path: P
         s0, a0 = group.s[0], group.a[0]
         volume.scribble()
         gid = group.ctl.full_backup(s0, "vol0", timeoutS=WAIT_S)
+        assert gid is not None
         model = bytes(volume.model)
         group.processes["p0"].kill()
         while not group.ctl.is_overflow(s0, "vol0"):

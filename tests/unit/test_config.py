@@ -6,8 +6,11 @@ from typing import Annotated, Any
 import pytest
 from msgspec import Meta
 
+from walbd.archive.config import ArchiveConfig
 from walbd.daemon.config import DaemonConfig, Size, load, settings
 from walbd.errors import ConfigError
+from walbd.proxy.config import ProxyConfig
+from walbd.storage.config import StorageConfig
 
 
 class Config(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -100,3 +103,12 @@ def test_settings_describe_every_field() -> None:
     assert rows["base_dir"].option == "--base-dir"
     for row in settings(DaemonConfig):
         assert row.description, row.name
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("storage", StorageConfig), ("proxy", ProxyConfig), ("archive", ArchiveConfig)]
+)
+def test_samples_are_valid(name: str, cls: type[DaemonConfig]) -> None:
+    sample = Path(__file__).parents[2] / "packaging" / f"{name}.sample.toml"
+    config = load(cls, sample, {})
+    assert config.base_dir == f"/var/lib/walbd/{name}"
