@@ -64,7 +64,7 @@ def run(command: click.Command, prog: str, args: Sequence[str] | None = None) ->
     """Run a command line and return its exit status; every error ends here, as one line and a hint.
 
     0 success, 2 wrong usage, 130 interrupted, 141 nobody reads stdout, 70 a defect (with its traceback); other
-    errors as their class says (docs/operations.md).
+    errors as their class says (docs/controller.md).
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
