@@ -112,6 +112,7 @@ class LogStage:
         self.syncs_begun = 0
         self.syncs_done = 0
         self.ring_full = False  # the queue waits for a checkpoint
+        self._epoch = 0  # counts resets: a sync that began before one tells nothing about the new log
 
     # what the server and the engine call
 
@@ -181,6 +182,7 @@ class LogStage:
         assert self._writing is None
         assert not self._waiters
         self._packer = make_packer(self._core.superblock)
+        self._epoch += 1
 
     # packing and writing
 
@@ -222,8 +224,8 @@ class LogStage:
         lsids.latest = batch.lsid_end
         self._watch_ring()
         # What lies in the ring behind the batch may be cleared as far as nobody needs it.
-        kept = lsids.prev_written if core.overflow else lsids.oldest
-        fill_limit = kept + core.ring_pb
+        overflowed = lsids.latest - lsids.oldest > core.ring_pb
+        fill_limit = (lsids.prev_written if overflowed else lsids.oldest) + core.ring_pb
         if batch.size_b <= self._inline_max_b and self._loop.time() >= self._slow_until:
             self._write_inline(batch, parts, fill_limit)
         else:
@@ -392,6 +394,7 @@ class LogStage:
                 self._sync_timer.cancel()
                 self._sync_timer = None
             self.syncs_begun += 1
+            epoch = self._epoch
             target = lsids.completed
             lsids.flush = target
             try:
@@ -402,7 +405,7 @@ class LogStage:
             if core.has_failed():
                 continue
             self.syncs_done = self.syncs_begun
-            if target > lsids.permanent:
+            if epoch == self._epoch and target > lsids.permanent:
                 lsids.permanent = target
                 self._tell_waiters()
                 core.log_advanced.set()

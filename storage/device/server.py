@@ -69,8 +69,9 @@ class DeviceServer:
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Redo the log, then listen."""
         structlog.contextvars.bind_contextvars(device=self.name)
-        sockets = [control_address(self._directory), nbd_address(self._directory)]
         config, env = self._config, self._env
+        for check in (control_address, nbd_address):
+            check(self._directory)  # before anything is changed
         opened = await env.pools.run(
             Pool.MAINTAIN,
             open_device,
@@ -80,16 +81,25 @@ class DeviceServer:
             expect_lsid=self._expect_lsid,
         )
         self.engine = Engine(env, opened, tasks, name=self.name, tuning=config.tuning())
+        try:
+            await self._listen(tasks, self.engine)
+        except BaseException:
+            await self.engine.stop()
+            raise
+
+    async def _listen(self, tasks: asyncio.TaskGroup, engine: Engine) -> None:
+        config = self._config
         self.nbd = NbdServer(
-            self.engine,
+            engine,
             inflight_max_b=config.inflight_max,
             connections_max=config.nbd_connections_max,
             tls=_tls_context(config),
         )
-        await self.nbd.listen(tasks, [sockets[1], *config.addresses()])
-        me = Me(node=self.name, kind=Kind.DEVICE, group=CONTROL_GROUP)
-        self._control = Server(env, me, self._handlers())
-        await self._control.listen(tasks, [sockets[0]])
+        self._control = Server(
+            self._env, Me(node=self.name, kind=Kind.DEVICE, group=CONTROL_GROUP), self._handlers()
+        )
+        await self.nbd.listen(tasks, [nbd_address(self._directory), *config.addresses()])
+        await self._control.listen(tasks, [control_address(self._directory)])
         log.info("device.serving", nbd=[str(address) for address in self.nbd.addresses])
 
     async def stop(self, mode: ShutdownMode) -> None:

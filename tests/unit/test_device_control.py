@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -231,6 +232,22 @@ async def test_two_cannot_serve_one_device(tmp_path: Path) -> None:
                 await second.start(tasks)
     async with serving(directory):
         pass
+
+
+async def test_a_device_that_cannot_listen_lets_go(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        directory = make(tmp_path, nbd_listen=[f"127.0.0.1:{port}"])
+        env = Env()
+        server = DeviceServer(load_config(env.fs, directory), directory, env, Shutdown())
+        async with asyncio.TaskGroup() as tasks:
+            with pytest.raises(ConnectError):
+                await server.start(tasks)
+        env.pools.close()
+    async with serving(directory) as rig:
+        assert len((await rig.device.info()).nbd) == 2
 
 
 async def test_restart_keeps_what_was_written(tmp_path: Path) -> None:

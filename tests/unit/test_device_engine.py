@@ -380,6 +380,22 @@ def test_reset_wal_starts_a_new_log() -> None:
     device(after_restart, disk.restart())
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_sync_from_before_a_reset_says_nothing_about_the_new_log(seed: int) -> None:
+    async def body(engine: Engine, client: Client) -> None:
+        for i in range(20):
+            await client.write(i, block(i + 1))
+        await engine.drain()
+        engine.log.want_sync()  # it may still be running when the lsids go back to 0
+        await engine.reset_wal()
+        await asyncio.sleep(0.01)
+        assert engine.core.lsids.permanent == 0
+        await client.write(0, block(1))
+        assert engine.core.lsids.in_order()
+
+    device(body, seed=seed)
+
+
 def test_freeze_during_reset_is_refused() -> None:
     async def body(engine: Engine, client: Client) -> None:
         await client.write(0, block(1))

@@ -396,10 +396,12 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _begin_transmission(self, agreed: Transmission, rest: bytes) -> None:
         self._negotiation = None
+        if self._timer is not None:
+            self._timer.cancel()
         self._agreed = agreed
         self._structured = agreed.structured
         self._header_b = _STRUCTURED_HEADER_B if agreed.structured else _SIMPLE_HEADER_B
-        log.info("nbd.connected", peer=self.peer, structured=agreed.structured)
+        log.debug("nbd.connected", peer=self.peer, structured=agreed.structured)
         if rest:  # a client may send requests without waiting; at most a few, they fit
             self._view[: len(rest)] = rest
             self._end = len(rest)

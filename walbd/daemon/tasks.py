@@ -34,7 +34,7 @@ class Signal:
     """
 
     def __init__(self) -> None:
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: dict[asyncio.Future[None], None] = {}  # in order, so that a test's seed gives one run
 
     def set(self) -> None:
         """Wake all waiters, so that they look at their conditions again."""
@@ -51,8 +51,8 @@ class Signal:
     async def next(self) -> None:
         """Return at the next `set`."""
         waiter = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
         try:
             await waiter
         finally:
-            self._waiters.discard(waiter)
+            self._waiters.pop(waiter, None)
