@@ -14,7 +14,7 @@ import msgspec
 
 from walbd.daemon.record import RECORD_NAME, load_record, save_record
 from walbd.errors import CorruptData, UsageError
-from walbd.format.meta import NO_POINT, LogPoint, reset_point
+from walbd.format.meta import NO_POINT, LogPoint, drop_delivered, reset_point
 from walbd.fs import FileSystem
 from walbd.ids import NIL_UUID, parse_uuid, uuid_text
 from walbd.storage.states import State
@@ -31,6 +31,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     uuid_hex: str = uuid_text(NIL_UUID)  # of the log that `done` and `queue` speak of; nil: none yet
     done: LogPoint = NO_POINT  # everything before it is safe at a proxy
     queue: tuple[LogPoint, ...] = ()  # snapshots not yet delivered, oldest first
+    cut_lsid: int = 0  # where a partial stretch from `done` ended that a proxy may have; 0: none was sent
 
     @property
     def uuid(self) -> bytes:
@@ -45,10 +46,23 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Return the record with another state."""
         return msgspec.structs.replace(self, state=state)
 
+    def after_delivery(self, done: LogPoint) -> VolumeRecord:
+        """Return the record once everything up to `done` is safe at a proxy."""
+        return msgspec.structs.replace(self, done=done, queue=drop_delivered(done, self.queue), cut_lsid=0)
+
+    def with_cut(self, lsid: int) -> VolumeRecord:
+        """Return the record that remembers where a partial stretch ends."""
+        return msgspec.structs.replace(self, cut_lsid=lsid)
+
     def after_reset(self, uuid: bytes, gid: int, now: int) -> VolumeRecord:
         """Return the record of a new, empty log whose first diff begins at `gid`."""
         return msgspec.structs.replace(
-            self, state=State.SYNC_READY, uuid_hex=uuid_text(uuid), done=reset_point(gid, now), queue=()
+            self,
+            state=State.SYNC_READY,
+            uuid_hex=uuid_text(uuid),
+            done=reset_point(gid, now),
+            queue=(),
+            cut_lsid=0,
         )
 
 
@@ -87,4 +101,6 @@ def _problem(record: VolumeRecord) -> str:
     for before, after in pairwise(points):
         if after.is_none or before.is_none or after.lsid < before.lsid or after.gid <= before.gid:
             return "its snapshots are not in order"
+    if record.cut_lsid and record.cut_lsid <= record.done.lsid:
+        return "its transfer was cut before it began"
     return ""

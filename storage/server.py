@@ -89,7 +89,7 @@ from walbd.storage.worker import Worker
 
 log = structlog.get_logger()
 
-LOCK_NAME: Final = "storage.lock"
+LOCK_NAME: Final = ".lock"
 _SWEEP_S: Final = 10.0
 _FORCE_WAIT_S: Final = 2.0
 

@@ -73,10 +73,16 @@ TABLE: Final = StateTable[State, Command](
         (State.SYNC_READY, Command.HASH_BACKUP): Step(HASH_SYNC, State.TARGET),
     },
     rules={
-        # A stop is checked when it is asked for, and enters its step later under its own stop flag.
+        # A stop is checked when it is asked for, and enters its step later under its own stop flag. A second one
+        # is refused by the flag, but for a forced one after a graceful one.
         Command.STOP: Rule(frozenset({State.TARGET, State.STANDBY}), while_stopping=True),
         # A stop during a step that leads to Target or Standby waits for it, or (force) ends the backup.
-        Command.STOP_BEGINNING: Rule(frozenset({State.SYNC_READY, State.STOPPED}), while_moving=True),
+        Command.STOP_BEGINNING: Rule(
+            frozenset({State.SYNC_READY, State.STOPPED}),
+            while_stopping=True,
+            while_moving=True,
+            during=BEGINNINGS,
+        ),
         Command.GIVE_UP: Rule(frozenset({State.TARGET}), excludes=ALL),
         Command.RESIZE: Rule(_KNOWN),
         Command.SNAPSHOT: Rule(frozenset({State.STOPPED, State.TARGET})),

@@ -7,6 +7,7 @@ may the log below it be erased. Source: docs/storage.md, "Sending log".
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final
@@ -58,9 +59,11 @@ async def send_stretch(
     path: str,
     info: DeviceInfo,
     transfer: Transfer,
+    before_partial: Callable[[int], Awaitable[None]],
 ) -> Sent:
     """Send the whole packs of a planned stretch to the best proxy that takes them; it has them durably on return.
 
+    `before_partial(lsid)` is awaited before the end of a stretch that stops short of its snapshot is sent.
     Raises ConnectError or Refused when no proxy takes it, CorruptData for a damaged log, and what breaks the
     connection. Cutting it short is safe at every point: the proxy then drops what it has, or has it all.
     """
@@ -80,6 +83,8 @@ async def send_stretch(
         try:
             lsid_end, wire_b = await _send_packs(shared, conn, device, path, info, transfer)
             diff = transfer_diff(transfer, lsid_end)
+            if lsid_end != transfer.end.lsid:
+                await before_partial(lsid_end)
             hit(FP_BEFORE_END, shared.directory(volume))
             await conn.call(WlogEnd(lsid=lsid_end, diff=diff))
         except (ConnectError, TimedOut):

@@ -54,6 +54,8 @@ log = structlog.get_logger()
 T = TypeVar("T")
 Change = Callable[[VolumeRecord], VolumeRecord]
 
+QUEUE_MAX: Final = 1000  # in an outage of days, from here on only the newest implicit snapshot is kept
+
 FP_INIT_AFTER_DIR: Final = failpoints.register(
     "storage.init.after_dir", "a directory without a record: removed at the next start"
 )
@@ -112,6 +114,7 @@ class Volume:
         self._device: Device | None = None
         self._lock = asyncio.Lock()
         self._monitor: asyncio.Task[None] | None = None
+        self._stop_job: Job | None = None  # the last one
         self._later: asyncio.TimerHandle | None = None
         self.pbs = LB  # of the device, as last seen
         self._log = log.bind(volume=name)
@@ -304,19 +307,28 @@ class Volume:
         self.begin_monitoring()
 
     def stop(self, mode: StopMode) -> Job:
-        """Begin to stop, as a job; what can be refused is refused here."""
+        """Begin to stop, as a job; what can be refused is refused here.
+
+        A forced stop after a graceful one makes that one forced: it may be waiting for a backup of hours.
+        """
         if mode is StopMode.EMPTY:
             raise UsageError("a storage cannot be emptied", hint="stop graceful or force")
         during = self.machine.during
         self.check(Command.STOP_BEGINNING if during in BEGINNINGS else Command.STOP)
+        if mode is StopMode.FORCE and self.machine.stopping is StopMode.GRACEFUL:
+            assert self._stop_job is not None
+            self.machine.stopping = StopMode.FORCE
+            self.machine.changed.set()
+            return self._stop_job
         with ExitStack() as stack:
             stack.enter_context(self.machine.stop_flag(mode))
             flag = stack.pop_all()
         try:
-            return self.shared.start_job("stop", self.name, lambda job: self._stop(job, flag))
+            self._stop_job = self.shared.start_job("stop", self.name, lambda job: self._stop(job, flag))
         except BaseException:
             flag.close()
             raise
+        return self._stop_job
 
     async def _stop(self, job: Job, flag: ExitStack) -> dict[str, Fact]:
         try:
@@ -430,7 +442,10 @@ class Volume:
                 size_max_pb=self.size_max_pb,
             )
             made.append(point)
-            return msgspec.structs.replace(record, queue=(*record.queue, point))
+            queue = record.queue
+            if not explicit and len(queue) >= QUEUE_MAX and queue[-1].mergeable:
+                queue = queue[:-1]  # its gid is not used again: a piece that ends there may have been delivered
+            return msgspec.structs.replace(record, queue=(*queue, point))
 
         hit(FP_SNAPSHOT_BEFORE_SAVE, self.directory)
         await self.update(push)

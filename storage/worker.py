@@ -6,6 +6,7 @@ true when the task was pushed does not matter. Source: docs/storage.md, "The tas
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,7 @@ from walbd.daemon.scheduler import Again
 from walbd.errors import ForceStopped, InternalError, WalbError, WlogOverflow
 from walbd.format.meta import Transfer, drop_delivered, is_implicit_due, plan_transfer
 from walbd.fs import failpoints
+from walbd.ids import Lsid
 from walbd.storage.device.interface import DeviceInfo
 from walbd.storage.history import check_history
 from walbd.storage.logread import BadLog
@@ -159,10 +161,20 @@ class Worker:
                 candidate = None
         volume.candidate = candidate
         record = volume.record
-        return plan_transfer(record.done, record.queue, sample.permanent, size_max_pb=volume.size_max_pb)
+        transfer = plan_transfer(record.done, record.queue, sample.permanent, size_max_pb=volume.size_max_pb)
+        if transfer is not None and record.cut_lsid and transfer.limit < transfer.end.lsid:
+            return replace(transfer, limit=Lsid(record.cut_lsid))
+        return transfer
 
     async def _transfer(self, volume: Volume, info: DeviceInfo, transfer: Transfer) -> None:
         """Send a stretch and, once a proxy has it, record that durably."""
+
+        async def before_partial(lsid: int) -> None:
+            # The end of a partial stretch has the generation after `done`, wherever it is. If a proxy has it and
+            # we do not get to know that, the repetition must end at the same place, whatever the settings are
+            # then: one generation with two contents would be taken for a repetition, and log would be lost.
+            await volume.update(lambda record: record.with_cut(lsid))
+
         try:
             sent = await send_stretch(
                 volume.shared,
@@ -172,6 +184,7 @@ class Worker:
                 path=volume.record.device,
                 info=info,
                 transfer=transfer,
+                before_partial=before_partial,
             )
         except BadLog as exc:
             await self._keep_block(volume, exc)
@@ -180,7 +193,7 @@ class Worker:
         def delivered(record: VolumeRecord) -> VolumeRecord:
             if record.done != transfer.begin or record.uuid != info.uuid:
                 raise InternalError("the history changed during a transfer", volume=volume.name)
-            return msgspec.structs.replace(record, done=sent.done, queue=drop_delivered(sent.done, record.queue))
+            return record.after_delivery(sent.done)
 
         hit(FP_DONE_BEFORE_SAVE, volume.directory)
         await volume.update(delivered)

@@ -17,6 +17,7 @@ from walbd.protocol.control import (
     GetStatus,
     ResetVol,
     SetFullScanBps,
+    Stop,
     StopHow,
     TakeSnapshot,
 )
@@ -178,6 +179,22 @@ async def test_graceful_stop_waits_for_the_backup(tmp_path: Path) -> None:
         assert (await stopping).state is JobState.DONE
         assert (await rig.job(job)).state is JobState.DONE
         assert await rig.state() == "Stopped"
+
+
+async def test_force_overrides_a_graceful_stop(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "s")
+    async with rig.running():
+        await rig.init()
+        rig.archive.hold = asyncio.Event()
+        backup = (await rig.call(FullBackup(volume=VOL))).job
+        first = (await rig.call(Stop(volume=VOL))).job
+        assert (await rig.call(Stop(volume=VOL, how=StopHow.FORCE))).job == first
+        with pytest.raises(RemoteError):
+            await rig.call(Stop(volume=VOL, how=StopHow.FORCE))
+        assert (await rig.job(first)).error_code == "bad-state"  # it is not Target, and never was
+        assert (await rig.job(backup)).error_code == "force-stopped"
+        assert await rig.state() == "SyncReady"
+        rig.archive.hold.set()
 
 
 async def test_force_stop_before_the_copy(tmp_path: Path) -> None:

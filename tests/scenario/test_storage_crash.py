@@ -121,7 +121,7 @@ class Driver:
 async def test_kill_at_each_failpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, skip: int
 ) -> None:
-    rig = Rig(tmp_path / "s")
+    rig = Rig(tmp_path / "s", options={"wlog_send_size_max": 40 * 512})  # so that some stretches are cut
     rig.device.before_set_oldest = lambda lsid: check_done_is_durable(rig, lsid)
     killer = Killer(rig, point, skip)
     monkeypatch.setattr(failpoints, "hit", killer)

@@ -352,8 +352,9 @@ async def test_shutdown(tmp_path: Path, how: ShutdownHow) -> None:
         await rig.target()
         await rig.until_delivered()
         rig.proxy.hold = asyncio.Event()
+        chunks = rig.proxy.chunks
         rig.device.scribble(3)
-        await rig.until(lambda: rig.server.volumes[VOL].machine.running("WlogSend") == 1)
+        await rig.until(lambda: rig.proxy.chunks > chunks)
         await rig.call(Shutdown(how=how))
         life = rig._life
         assert life is not None

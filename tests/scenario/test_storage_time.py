@@ -48,7 +48,9 @@ def play(tmp_path: Path, scenario: Callable[[Rig, MemNetwork], Awaitable[None]],
 
     async def main() -> None:
         net = MemNetwork()
-        rig = Rig(tmp_path / "s", net=net, pools=InlinePools(random.Random(1)), deadline_s=100, poll_s=0.01, **kwargs)
+        rig = Rig(
+            tmp_path / "s", net=net, pools=InlinePools(random.Random(1)), deadline_s=100, poll_s=0.01, **kwargs
+        )
         rig.options = REAL_DELAYS | rig.options
         rig.clock = LoopClock()  # type: ignore[assignment]
         async with rig.running():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import walbd.storage.volume as volume_module
 from tests.kit.fake_device import FakeDevice
 from tests.kit.storage_rig import DEVICE, VOL, Piece, Rig
 from walbd.errors import Refused, RemoteError
@@ -101,6 +102,58 @@ async def test_lost_acknowledgements_repeat_the_piece(tmp_path: Path) -> None:
         assert len(rig.pieces) >= n + 4
         check_chain(rig)
         assert rig.archive.restore(rig.archive.latest()) == bytes(rig.device.data)
+
+
+@pytest.mark.parametrize("later_pb", [60, 150, 10_000])
+async def test_repeated_partial_piece_ends_where_it_did_whatever_the_settings_are(
+    tmp_path: Path, later_pb: int
+) -> None:
+    """Its generation does not depend on where it ends: two contents of one generation would lose log."""
+    rig = Rig(tmp_path / "s", options={"wlog_send_size_max": 100 * PB})
+    async with rig.running():
+        await rig.target()
+        await rig.until_delivered()
+        await rig.stop_volume()
+        rig.device.scribble(60)
+        gid = (await rig.call(TakeSnapshot(volume=VOL))).gid
+        n = len(rig.pieces)
+        rig.proxy.lose_acks = 1
+        rig.proxy.hold = asyncio.Event()
+        await rig.start_volume()
+        await rig.until(lambda: rig.proxy.chunks > 0 and rig.server.volumes[VOL].record.cut_lsid > 0)
+        rig.proxy.hold.set()
+        await rig.until(lambda: len(rig.pieces) > n)
+        rig.options["wlog_send_size_max"] = later_pb * PB
+        await rig.restart()
+        await rig.until_delivered()
+        assert rig.archive.restore(gid) == bytes(rig.device.data)
+        ends: dict[object, int] = {}
+        for piece in rig.pieces:
+            assert ends.setdefault(str(piece.diff), piece.lsid_end) == piece.lsid_end
+
+
+async def test_a_long_outage_does_not_fill_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volume_module, "QUEUE_MAX", 5)
+    rig = Rig(tmp_path / "s")
+    async with rig.running():
+        await rig.target()
+        await rig.until_delivered()
+        await rig.stop_volume()
+        volume, gids = rig.server.volumes[VOL], []
+        for i in range(20):
+            rig.device.write(0, bytes([i]) * LB)
+            point = await volume.push_point(rig.device.latest, explicit=i == 9, now=rig.clock.now())
+            assert point is not None
+            gids.append(point.gid)
+        assert gids == sorted(set(gids))
+        queue = volume.record.queue
+        assert [point.gid for point in queue] == [*gids[:4], gids[8], gids[9], gids[19]]
+        truth = bytes(rig.device.data)
+        await rig.restart()
+        await rig.start_volume()
+        await rig.until_delivered()
+        check_chain(rig)
+        assert rig.archive.restore(gids[19]) == truth
 
 
 async def test_repeated_piece_may_reach_further(tmp_path: Path) -> None:
@@ -301,12 +354,13 @@ async def test_force_stop_ends_a_transfer_and_graceful_waits(tmp_path: Path) -> 
         await rig.target()
         await rig.until_delivered()
         rig.proxy.hold = asyncio.Event()
+        chunks = rig.proxy.chunks
         rig.device.scribble(3)
-        await rig.until(lambda: rig.server.volumes[VOL].machine.running("WlogSend") == 1)
+        await rig.until(lambda: rig.proxy.chunks > chunks)
         graceful = asyncio.create_task(rig.stop_volume())
         await rig.until(lambda: rig.server.volumes[VOL].machine.stopping is not None)
         with pytest.raises(RemoteError) as caught:
-            await rig.stop_volume(StopHow.FORCE)
+            await rig.stop_volume()
         assert caught.value.remote_code == "stopping"
         assert not graceful.done()
         rig.proxy.hold.set()
@@ -316,8 +370,9 @@ async def test_force_stop_ends_a_transfer_and_graceful_waits(tmp_path: Path) -> 
         await rig.start_volume()
         rig.proxy.hold = asyncio.Event()
         n = len(rig.pieces)
+        chunks = rig.proxy.chunks
         rig.device.scribble(3)
-        await rig.until(lambda: rig.server.volumes[VOL].machine.running("WlogSend") == 1)
+        await rig.until(lambda: rig.proxy.chunks > chunks)
         assert (await rig.stop_volume(StopHow.FORCE)).state is JobState.DONE
         assert await rig.state() == "Stopped"
         assert not rig.delivered()

@@ -50,7 +50,14 @@ ALLOWED = {
     Command.GET_LATEST_SNAP: "Target",
 }
 WHILE_MOVING = {Command.STOP_BEGINNING, Command.GET_DEVICE, Command.GET_UUID}
-WHILE_STOPPING = {Command.STOP, Command.GET_DEVICE, Command.GET_UUID, Command.GET_LATEST_SNAP}
+WHILE_STOPPING = {
+    Command.STOP,
+    Command.STOP_BEGINNING,
+    Command.GET_DEVICE,
+    Command.GET_UUID,
+    Command.GET_LATEST_SNAP,
+}
+NOT_DURING = {("Reset", Command.STOP_BEGINNING), ("StopTarget", Command.STOP_BEGINNING)}
 BESIDE_A_TRANSFER = {
     Command.STOP,
     Command.STOP_BEGINNING,
@@ -89,8 +96,10 @@ def test_every_pair(state: State, command: Command) -> None:
     allowed = str(state) in ALLOWED[command].split()
     assert allows(command, Machine(TABLE, state)) is allowed
 
-    moving = Machine(TABLE, state, during="Something")
-    assert allows(command, moving) is (allowed and command in WHILE_MOVING)
+    for during in ("FullSync", "StartTarget", "StopTarget", "Reset"):
+        moving = Machine(TABLE, state, during=during)
+        passes = command in WHILE_MOVING and (during, command) not in NOT_DURING
+        assert allows(command, moving) is (allowed and passes)
 
     stopping = Machine(TABLE, state, stopping=StopMode.GRACEFUL)
     assert allows(command, stopping) is (allowed and command in WHILE_STOPPING)
