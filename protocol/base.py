@@ -153,8 +153,9 @@ def error_reply(error: BaseException) -> ErrorReply:
     facts: dict[str, Fact] = {}
     for key, value in error.facts.items():
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
-            value = str(value)  # no message has room for it
-        facts[key] = value if isinstance(value, str | int | float | bool | None) else str(value)
+            facts[key] = str(value)  # no message has room for it
+        else:
+            facts[key] = value if isinstance(value, str | int | float | bool | None) else str(value)
     return ErrorReply(code=code_of(error), message=error.message[:4096], hint=error.hint[:4096], facts=facts)
 
 
