@@ -384,30 +384,31 @@ class Volume:
         is called again when the waiting is over. Raises WlogOverflow, HistoryBroken, TimedOut, ReadOnlyDevice.
         """
         while True:
-            lsid = await self._permanent_end()
+            sample = await self._permanent_end()
             check()
-            point = await self.push_point(lsid, explicit=True, now=self.shared.now())
+            point = await self.push_point(sample.latest, uuid=sample.uuid, explicit=True, now=self.shared.now())
             if point is not None:
                 return point
 
-    async def _permanent_end(self) -> int:
-        """Return where the log ends now, once it is permanent up to there.
+    async def _permanent_end(self) -> LsidSample:
+        """Return a sample of now, once the log is permanent up to its `latest`.
 
         Asked on one connection: after a restart of the device that lsid could lie within a pack.
         """
-        end, limit_s = -1, self.shared.config.io_timeout_s
+        first: LsidSample | None = None
+        limit_s = self.shared.config.io_timeout_s
         await self.info()  # for the size of a block
         try:
             async with asyncio.timeout(limit_s), self.device.watch() as samples:
                 async for sample in samples:
                     check_history(self.record, sample)
-                    end = sample.latest if end < 0 else end
-                    if sample.permanent >= end:
-                        return end
+                    first = first or sample
+                    if sample.permanent >= first.latest:
+                        return first
                     if sample.read_only:
                         raise ReadOnlyDevice("the device has failed: its log will not become permanent")
         except TimeoutError as exc:
-            raise TimedOut("the log did not become permanent in time", lsid=end, timeout_s=limit_s) from exc
+            raise TimedOut("the log did not become permanent in time", timeout_s=limit_s) from exc
         raise ConnectError("the device has ended the watch")
 
     async def is_pack_begin(self, lsid: int, sample: LsidSample) -> bool:
@@ -423,15 +424,17 @@ class Volume:
         finally:
             log_reader.close()
 
-    async def push_point(self, lsid: int, *, explicit: bool, now: int) -> LogPoint | None:
-        """Push a snapshot at `lsid`, durably; None when a later one was pushed meanwhile.
+    async def push_point(self, lsid: int, *, uuid: bytes, explicit: bool, now: int) -> LogPoint | None:
+        """Push a snapshot at `lsid` of the log `uuid`, durably; None when a later one was pushed meanwhile.
 
-        Raises HistoryBroken when the log was reset.
+        Raises HistoryBroken when the log was reset meanwhile.
         """
         made: list[LogPoint] = []
 
         def push(record: VolumeRecord) -> VolumeRecord:
-            if lsid < record.newest.lsid and not record.done.is_none:
+            if record.uuid != uuid:
+                raise HistoryBroken("the log was reset meanwhile", hint="try again")
+            if lsid < record.newest.lsid:
                 return record
             point = new_point(
                 record.done,

@@ -19,7 +19,7 @@ from walbd.errors import ForceStopped, InternalError, WalbError, WlogOverflow
 from walbd.format.meta import Transfer, drop_delivered, is_implicit_due, plan_transfer
 from walbd.fs import failpoints
 from walbd.ids import Lsid
-from walbd.storage.device.interface import DeviceInfo
+from walbd.storage.device.interface import DeviceInfo, LsidSample
 from walbd.storage.history import check_history
 from walbd.storage.logread import BadLog
 from walbd.storage.proxies import Proxies
@@ -151,13 +151,13 @@ class Worker:
             candidate = None  # an explicit snapshot came later, or this one was taken
         if candidate is not None and candidate.is_ready(sample):
             if await volume.is_pack_begin(candidate.lsid, sample):
-                await volume.push_point(candidate.lsid, explicit=False, now=candidate.timestamp)
+                await self._push(volume, candidate, sample)
             candidate = None
         interval_s = volume.shared.config.snapshot_interval_s
         if candidate is None and is_implicit_due(volume.record.queue, sample.latest, now, interval_s):
             candidate = Candidate(sample.latest, now)
             if candidate.is_ready(sample):
-                await volume.push_point(candidate.lsid, explicit=False, now=now)
+                await self._push(volume, candidate, sample)
                 candidate = None
         volume.candidate = candidate
         record = volume.record
@@ -165,6 +165,10 @@ class Worker:
         if transfer is not None and record.cut_lsid and transfer.limit < transfer.end.lsid:
             return replace(transfer, limit=Lsid(record.cut_lsid))
         return transfer
+
+    @staticmethod
+    async def _push(volume: Volume, candidate: Candidate, sample: LsidSample) -> None:
+        await volume.push_point(candidate.lsid, uuid=sample.uuid, explicit=False, now=candidate.timestamp)
 
     async def _transfer(self, volume: Volume, info: DeviceInfo, transfer: Transfer) -> None:
         """Send a stretch and, once a proxy has it, record that durably."""

@@ -10,7 +10,7 @@ import pytest
 from tests.kit.fake_device import FakeDevice
 from tests.kit.storage_rig import DEVICE, VOL, Rig
 from walbd.daemon.main import ShutdownMode
-from walbd.errors import Busy, Refused, RemoteError
+from walbd.errors import Busy, HistoryBroken, Refused, RemoteError
 from walbd.protocol.base import GetJobs, JobState
 from walbd.protocol.control import (
     ClearVol,
@@ -203,6 +203,26 @@ async def test_snapshots_taken_while_stopped_are_sent_after_the_start(tmp_path: 
         await rig.until_delivered()
         for gid, image in images.items():
             assert rig.archive.restore(gid) == image
+
+
+async def test_a_snapshot_that_meets_a_reset_is_refused(tmp_path: Path) -> None:
+    """The reset comes while the snapshot waits for its log to become permanent."""
+    rig = Rig(tmp_path / "s")
+    async with rig.running():
+        await rig.target()
+        await rig.until_delivered()
+        await rig.stop_volume()
+        rig.device.permanent_at_once = False
+        rig.device.scribble(3)
+        taking = asyncio.create_task(rig.call(TakeSnapshot(volume=VOL)))
+        await rig.until(lambda: rig.device.calls[-1] == "sample")
+        await rig.call(ResetVol(volume=VOL))
+        with pytest.raises(RemoteError):
+            await taking
+        volume = rig.server.volumes[VOL]
+        with pytest.raises(HistoryBroken):
+            await volume.push_point(0, uuid=bytes(16), explicit=True, now=0)
+        assert volume.record.queue == ()
 
 
 async def test_one_device_one_volume(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from walbd.errors import Refused, WalbError
 from walbd.fs import failpoints
 from walbd.protocol.control import StopHow, TakeSnapshot
 
-SEEDS = 60
+SEEDS = 40
 
 
 class Model:

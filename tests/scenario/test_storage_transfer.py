@@ -32,6 +32,11 @@ def check_chain(rig: Rig) -> list[Piece]:
     return chain
 
 
+async def push(rig: Rig, *, explicit: bool) -> LogPoint | None:
+    device, volume = rig.device, rig.server.volumes[VOL]
+    return await volume.push_point(device.latest, uuid=device.uuid, explicit=explicit, now=rig.clock.now())
+
+
 async def test_large_log_goes_in_pieces_with_reserved_generations(tmp_path: Path) -> None:
     """No piece exceeds the limit; only the first keeps the flag of where it begins, the rest begin implicitly."""
     rig = Rig(tmp_path / "s", options={"wlog_send_size_max": 100 * PB})
@@ -65,11 +70,10 @@ async def test_explicit_snapshots_end_pieces_and_implicit_ones_do_not(tmp_path: 
         taken = []
         for explicit in (True, False, False, True, True):
             rig.device.scribble(3)
-            volume = rig.server.volumes[VOL]
             if explicit:
                 taken.append((await rig.call(TakeSnapshot(volume=VOL))).gid)
             else:
-                point = await volume.push_point(rig.device.latest, explicit=False, now=rig.clock.now())
+                point = await push(rig, explicit=False)
                 assert point is not None
         await rig.start_volume()
         await rig.until_delivered()
@@ -142,7 +146,7 @@ async def test_a_long_outage_does_not_fill_the_record(tmp_path: Path, monkeypatc
         volume, gids = rig.server.volumes[VOL], []
         for i in range(20):
             rig.device.write(0, bytes([i]) * LB)
-            point = await volume.push_point(rig.device.latest, explicit=i == 9, now=rig.clock.now())
+            point = await push(rig, explicit=i == 9)
             assert point is not None
             gids.append(point.gid)
         assert gids == sorted(set(gids))
