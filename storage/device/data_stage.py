@@ -4,11 +4,15 @@ A batch of log records is applied to the data device only when all of it is perm
 crash leaves data on the data device that the log has lost. Batches are applied one after the other and each
 writes only the last data of a block, so overlapping writes end in log order. Until then, reads see pending
 data through the overlay.
+
+Batches are large where they can be: sorted writes far apart cost several times what neighbours cost, as each
+touches other parts of the page cache (docs/device.md, "Costs").
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -19,13 +23,12 @@ from walbd.errors import WalbError
 from walbd.ext.buffers import Buf
 from walbd.ext.nbd import Chunk
 from walbd.ext.overlay import Overlay
+from walbd.format.logpack import LOG_RECORD_B
 from walbd.fs import failpoints
 from walbd.storage.device.blockio import write_data
 from walbd.storage.device.core import Core
-from walbd.units import MIB
 
-BATCH_MAX_B: Final = 8 * MIB
-GATHER_B: Final = 4 * MIB
+_RETIRE_MAX: Final = 1024  # records taken out of the overlay in one turn of the loop
 _RECORD_COST_B: Final = 192  # of memory for a pending record, besides its data
 
 FP_BEFORE_WRITE = failpoints.register(
@@ -65,14 +68,21 @@ class DataStage:
     """What is logged and not yet on the data device."""
 
     def __init__(
-        self, core: Core, tasks: asyncio.TaskGroup, on_written: Callable[[], None], *, delay_s: float
+        self,
+        core: Core,
+        tasks: asyncio.TaskGroup,
+        on_written: Callable[[], None],
+        *,
+        gather_b: int,
+        delay_s: float,
     ) -> None:
-        """`delay_s`: how long a little permanent log waits for more, so that each flush is not a data write."""
+        """`gather_b`, `delay_s`: less permanent log than that waits so long for more."""
         self.overlay = Overlay()
         self.pending_b = 0
         self.tasks = tasks
         self._core = core
         self._on_written = on_written
+        self._gather_b = gather_b
         self._delay_s = delay_s
         self._pending: deque[LoggedBatch] = deque()
         self._hurried = False
@@ -84,7 +94,7 @@ class DataStage:
             self.overlay.insert(records, data)
         self._pending.append(batch)
         self.pending_b += batch.cost_b
-        if self.pending_b >= GATHER_B:
+        if self.pending_b >= self._gather_b:
             self._gathered.set()
 
     def hurry(self) -> None:
@@ -120,9 +130,7 @@ class DataStage:
             if core.has_failed():
                 return
             lsid_end = batches[-1].lsid_end
-            for records, _ in parts:
-                self.overlay.retire(records, lsid_end)
-            self.overlay.release(lsid_end)
+            await self._retire(parts, lsid_end)
             for batch in batches:
                 self._pending.popleft()
                 self.pending_b -= batch.cost_b
@@ -136,22 +144,27 @@ class DataStage:
         try:
             async with asyncio.timeout(self._delay_s):
                 await self._gathered.wait_for(
-                    lambda: self._hurried or self.pending_b >= GATHER_B or self._core.has_failed()
+                    lambda: self._hurried or self.pending_b >= self._gather_b or self._core.has_failed()
                 )
         except TimeoutError:
             pass
         self._hurried = False
 
     def _take(self) -> list[LoggedBatch]:
-        """Return the first pending batches, all permanent; they stay pending."""
-        batches: list[LoggedBatch] = []
-        size_b = 0
-        for batch in self._pending:
-            if batch.lsid_end > self._core.lsids.permanent or (batches and size_b + batch.cost_b > BATCH_MAX_B):
-                break
-            batches.append(batch)
-            size_b += batch.cost_b
-        return batches
+        """Return the first pending batches, all that are permanent; they stay pending."""
+        permanent = self._core.lsids.permanent
+        return list(itertools.takewhile(lambda batch: batch.lsid_end <= permanent, self._pending))
+
+    async def _retire(self, parts: list[tuple[bytes, Buf | Chunk]], lsid_end: int) -> None:
+        """Take records that the data device has out of the overlay, a few at a time."""
+        n = 0
+        for records, _ in parts:
+            self.overlay.retire(records, lsid_end)
+            n += len(records) // LOG_RECORD_B
+            if n > _RETIRE_MAX:
+                n = 0
+                await asyncio.sleep(0)
+        self.overlay.release(lsid_end)
 
     def _write(self, parts: list[tuple[bytes, Buf | Chunk]]) -> None:
         failpoints.hit(FP_BEFORE_WRITE)

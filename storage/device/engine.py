@@ -54,7 +54,7 @@ class Tuning:
     checkpoint_interval_s: float = 10.0
     flush_interval_s: float = 0.1  # log is made permanent after so long at the latest
     flush_interval_b: int = 16 * MIB  # or after so much
-    data_delay_s: float = 0.02  # a little permanent log waits so long for more before it goes to the data device
+    data_delay_s: float = 0.25  # permanent log waits so long for more (half of pending_max) to be written with
     pending_max_b: int = 64 * MIB  # logged and not yet on the data device: above it, writes wait
     inline_max_b: int = 512 << 10  # log writes up to here (0.1 ms) are made from the event loop
 
@@ -78,7 +78,9 @@ class Engine:
         self.core = Core(env=env, ldev=opened.ldev, ddev=opened.ddev, superblock=opened.superblock, lsids=lsids)
         self.core.overflow = opened.overflow
         self.name = name
-        self.data = DataStage(self.core, tasks, self._on_written, delay_s=tuning.data_delay_s)
+        self.data = DataStage(
+            self.core, tasks, self._on_written, gather_b=tuning.pending_max_b // 2, delay_s=tuning.data_delay_s
+        )
         self.checkpoints = Checkpointer(self.core, tuning.checkpoint_interval_s, self._on_checkpoint)
         self.log = LogStage(
             self.core,
