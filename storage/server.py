@@ -19,18 +19,14 @@ from walbd.daemon.server import Handler, Server
 from walbd.daemon.states import StopMode
 from walbd.errors import (
     AlreadyExists,
-    ConnectError,
     NotFound,
-    RemoteError,
-    RemoteProtocolError,
-    TimedOut,
     UsageError,
     WalbError,
 )
 from walbd.fs import File, FileSystem
 from walbd.ids import volume_name
 from walbd.protocol.base import GetJobs, JobAccepted, JobInfo, JobList, Kind, Ok, WaitJob
-from walbd.protocol.codec import Message, Request
+from walbd.protocol.codec import Request
 from walbd.protocol.control import (
     Actions,
     BoolValue,
@@ -260,7 +256,7 @@ class StorageServer:
             TakeSnapshot: self._snapshot,
             WaitJob: self._wait_job,
         }
-        return {request: _answering(handler) for request, handler in handlers.items()}
+        return handlers
 
     async def _init_vol(self, _conn: Connection, request: StorageInitVol) -> Ok:
         name = volume_name(request.volume)
@@ -409,22 +405,6 @@ class StorageServer:
         everything = self._selected("")
         selected = self._selected(request.volume)
         return await queries.status(self.shared, self.proxies, selected, everything)
-
-
-def _answering(handler: Handler) -> Handler:
-    """Wrap a handler that has no conversation of its own with the client.
-
-    When it fails to reach somebody else (a device, the archive), that is an answer like any other error, and not
-    the end of the client's connection, for which the server would take it.
-    """
-
-    async def answer(conn: Connection, request: Any) -> Message | None:
-        try:
-            return await handler(conn, request)
-        except (ConnectError, TimedOut, RemoteProtocolError) as exc:
-            raise RemoteError(exc.code, exc.message, hint=exc.hint, **exc.facts) from exc
-
-    return answer
 
 
 def _lock_base(fs: FileSystem, base: Path) -> File:

@@ -90,6 +90,32 @@ def test_hurry_runs_now_and_forgets_failures() -> None:
     run_virtual(main())
 
 
+def test_a_push_while_it_runs_and_fails_does_not_shorten_the_delay() -> None:
+    async def main() -> None:
+        runs: list[float] = []
+        hurried = False
+
+        async def work(key: str) -> None:
+            runs.append(asyncio.get_running_loop().time())
+            if not hurried:
+                scheduler.push(key)
+            elif len(runs) < 5:
+                scheduler.hurry(key)
+            if len(runs) < 4:
+                raise OSError("no")
+
+        scheduler = make(work)
+        async with running(scheduler):
+            scheduler.push("a")
+            await asyncio.sleep(1.5)
+            assert runs == [0, 1]
+            hurried = True
+            await asyncio.sleep(1.6)
+            assert runs == [0, 1, 3, 3, 3]
+
+    run_virtual(main())
+
+
 def test_again_and_delays() -> None:
     async def main() -> None:
         work = Recorder(Again(0.1), Again(), None)

@@ -53,6 +53,7 @@ class Waiting(NamedTuple, Generic[K]):
 class _Entry:
     due: float
     failures: int = 0
+    hurried: bool = False
 
 
 class Scheduler(Generic[K]):
@@ -85,7 +86,7 @@ class Scheduler(Generic[K]):
         """Make `key` due now and forget its failures, whether it waits or not."""
         self._failures.pop(key, None)
         if not self._draining:
-            self._waiting[key] = _Entry(self._now())
+            self._waiting[key] = _Entry(self._now(), hurried=True)
             self._changed.set()
 
     def hurry_waiting(self, which: Callable[[K], bool] = lambda _: True) -> int:
@@ -183,4 +184,9 @@ class Scheduler(Generic[K]):
             self._running.discard(key)
             if again is not None:
                 self.push(key, again.delay_s)
+                waiting = self._waiting.get(key)
+                if waiting is not None and self._failures.get(key) and not waiting.hurried:
+                    # Pushed while it ran and failed: an event does not shorten the delay, only a hurry does.
+                    waiting.due = max(waiting.due, self._now() + again.delay_s)
+                    waiting.failures = self._failures[key]
             self._changed.set()

@@ -124,9 +124,9 @@ class Server:
             reply = await handler(conn, request)
             if reply is not None:
                 await conn.send(reply)
-        except (ConnectError, TimedOut, RemoteProtocolError):
-            raise
         except WalbError as exc:
+            # Also one that says that somebody is gone: it may be somebody else than our client. If it is the
+            # client, it does not hear it.
             log.info("request.failed", request=request.TAG, **error_fields(exc))
             await self._last_words(stream, exc)
             return False
