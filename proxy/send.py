@@ -249,7 +249,7 @@ class Sender:
 
     def _flag(self, hop: Hop, text: str, error: WalbError | None) -> Again:
         """Raise the error flag and try again slowly."""
-        if not hop.needs_person or hop.error_text != text:  # not again and again
+        if hop.error_text != text:  # not again and again
             log.error("wdiff.send_error_raised", error=text, hint=error.hint if error else "")
         hop.flag(text)
         return Again(self._config.retry_delay_max_s)

@@ -298,7 +298,7 @@ class Volume:
                 self.received.put(stored, self._receipts)
                 self.last_received = self._env.clock.now()
                 for hop in self.hops.values():
-                    hop.clear_flag()
+                    hop.needs_person = False
                 await self._link_received()
                 return stored
 

@@ -33,6 +33,15 @@ class Down(Exception):
     """Ends an archive and everything that it does."""
 
 
+def drop_connections(server: Server) -> None:
+    """Close all sockets of a server at once, before its tasks are cancelled: no task can begin after that."""
+    server._closing = True
+    for listener in server._listeners:
+        listener.close()
+    for stream in server._streams:
+        stream.abort()
+
+
 class MemoryFile:
     """Bytes that can be read like a file."""
 
@@ -119,9 +128,10 @@ class FakeArchive:
                     self.address = server.addresses[0]
                     listening.set()
                     await self._end.wait()
+                    drop_connections(server)
                     raise Down
             except* Down:
-                await server.stop(force=True)
+                pass
 
         self._running = asyncio.create_task(run(self._server))
         await asyncio.wait({self._running, asyncio.ensure_future(listening.wait())}, return_when="FIRST_COMPLETED")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import lz4.block
 
-from tests.kit.fake_archive import FakeArchive, clean
+from tests.kit.fake_archive import FakeArchive, clean, drop_connections
 from tests.kit.logs import Io, build_pack
 from walbd.daemon.conn import Connection, Me, call, dial
 from walbd.daemon.env import Env
@@ -96,6 +96,7 @@ class ProxyRig:
                     await self.server.start(tasks)
                     started.set()
                     await self._crash.wait()
+                    drop_connections(self.server.server)
                     raise Crash
             except* Crash:
                 pass
@@ -113,7 +114,6 @@ class ProxyRig:
         if self._running is not None:
             await self._running
             self._running = None
-            await self.server.server.stop(force=True)
         self.server.release()
 
     async def restart(self) -> None:
@@ -166,6 +166,11 @@ class ProxyRig:
         """Wait until nothing waits for these archives (default: all)."""
         hops = [self.server.volumes[volume].hop(name) for name in archives or self.server.volumes[volume].hops]
         await self.until(lambda: not any(hop.diffs or hop.sending for hop in hops), "everything to be sent")
+
+    async def emptied(self, volume: str = VOL) -> None:
+        """Wait until nothing is left to be sent, and nothing is at work."""
+        owner = self.server.volumes[volume]
+        await self.until(lambda: not owner.unsent and owner.machine.at_rest, "everything to be sent")
 
     def files(self, below: str = "", volume: str = VOL) -> list[str]:
         """All files in the volume's directory, sorted."""

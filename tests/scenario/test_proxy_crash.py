@@ -98,7 +98,7 @@ async def test_what_was_received_is_linked_by_the_next_send(tmp_path: Path) -> N
         failpoints.arm("proxy.wdiff.before_link=eio@1")  # linked to the first archive only
         with pytest.raises(RemoteError):
             await StorageSide(rig).send(PACKS)
-        await rig.until(lambda: not rig.volume.unsent)
+        await rig.emptied()
         assert a0.diffs == a1.diffs == ["|0|-->|1|"]
         assert rig.files() == ["volume.json"]
 
@@ -133,7 +133,7 @@ async def test_link_that_keeps_failing_does_not_stop_the_sending(tmp_path: Path)
         await rig.until(lambda: a0.latest.gid_b == 1)
         assert await rig.waiting() == ["|1|-->|2|"]
         disk.full = False
-        await rig.until(lambda: not rig.volume.unsent)
+        await rig.emptied()
         assert a0.diffs == ["|0|-->|1|", "|1|-->|2|"]
 
 
