@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tests.kit.virtual_time import run_virtual
+from tests.kit.virtual import run as run_virtual
 from walbd.daemon.scheduler import Again, RetryPolicy, Scheduler
 
 RETRY = RetryPolicy(delay_min_s=1, delay_max_s=8)

@@ -14,6 +14,20 @@ LogFormat = Literal["console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+class StderrLogger:
+    """Writes lines to standard error. A line that cannot be written is lost: logging never fails its caller."""
+
+    def msg(self, message: str) -> None:
+        """Write one line."""
+        try:
+            sys.stderr.write(message + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass  # whoever read it has gone (or closed it); the work that is logged goes on
+
+    debug = info = warning = error = critical = exception = fatal = failure = log = msg
+
+
 def configure(level: LogLevel, log_format: LogFormat) -> None:
     """Set up logging for a process: to standard error, for people or as JSON lines."""
     processors: list[Any] = [
@@ -28,7 +42,7 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: StderrLogger(),
         cache_logger_on_first_use=False,
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from functools import partial
+from typing import Any, Final, Protocol
 
 import structlog
 import uvloop
@@ -20,10 +22,12 @@ from walbd.daemon.logs import LogFormat, LogLevel, configure, error_fields
 from walbd.daemon.sd_notify import sd_notify
 from walbd.daemon.tasks import Signal
 from walbd.daemon.tls import mutual_tls
-from walbd.errors import WalbError
+from walbd.errors import InternalError, WalbError
 from walbd.protocol.base import Kind
 
 log = structlog.get_logger()
+
+_DEFECT_GRACE_S: Final = 10.0
 
 
 class ShutdownMode(StrEnum):
@@ -48,6 +52,7 @@ class Shutdown:
     """The request to end the process; a second, forced one overrides a graceful one that is going on."""
 
     mode: ShutdownMode | None = None
+    defect: BaseException | None = None  # what ended the process, when nobody asked for its end
 
     def __post_init__(self) -> None:
         self.changed = Signal()
@@ -121,10 +126,13 @@ def run_daemon(
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, shutdown.request, ShutdownMode.FORCE)
         loop.add_signal_handler(signal.SIGHUP, lambda: log.info("daemon.sighup_ignored"))
-        daemon = make(env, shutdown)
+        loop.set_exception_handler(partial(_callback_failed, shutdown))
         structlog.contextvars.bind_contextvars(daemon=kind)
+        daemon = make(env, shutdown)
         try:
             await supervise(daemon, shutdown, lambda: ready(daemon))
+            if shutdown.defect is not None:
+                raise InternalError("a defect ended the daemon", hint="see its log") from shutdown.defect
         except* WalbError as group:
             error = first_error(group)
             log.error("daemon.failed", **error_fields(error))
@@ -134,6 +142,22 @@ def run_daemon(
         log.info("daemon.stopped")
 
     uvloop.run(main())
+
+
+def _callback_failed(shutdown: Shutdown, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """End the process when a callback of ours has failed: whatever it should have done would never happen.
+
+    Other things that reach the loop's handler, such as a connection that broke, are only logged.
+    """
+    error = context.get("exception")
+    fields = {"what": context.get("message", ""), "error": repr(error)}
+    if "handle" not in context or error is None or isinstance(error, OSError):
+        log.warning("loop.complained", **fields)
+        return
+    log.error("loop.callback_failed", **fields, exc_info=error)
+    shutdown.defect = error
+    shutdown.request(ShutdownMode.FORCE)
+    loop.call_later(_DEFECT_GRACE_S, os._exit, InternalError.exit_code)  # if the orderly end hangs
 
 
 def first_error(group: BaseExceptionGroup[WalbError]) -> WalbError:
