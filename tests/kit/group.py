@@ -13,12 +13,14 @@ where it was. Everything lives under one directory; the logs are printed when a 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,18 +46,25 @@ def wait_until(condition: Callable[[], Any], what: str, *, timeout_s: float = WA
     return value
 
 
+_reserved: list[int] = []  # descriptors whose locks keep our ports from other test processes
+
+
 def free_port() -> int:
-    """Return a TCP port that is free and lies below the range of outgoing connections."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    """Return a TCP port that is free, lies below the range of outgoing connections, and is ours until we end."""
+    locks = Path(tempfile.gettempdir()) / f"walbd-test-ports-{os.getuid()}"
+    locks.mkdir(exist_ok=True)
     while True:
-        port = random.SystemRandom().randrange(10000 + worker * 2500, 12500 + worker * 2500)
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        port = random.SystemRandom().randrange(10000, 30000)
+        fd = os.open(locks / str(port), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as sock:
                 sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        except OSError:
+            os.close(fd)
+            continue
+        _reserved.append(fd)
+        return port
 
 
 class Process:
