@@ -84,6 +84,10 @@ class DeviceServer:
         try:
             await self._listen(tasks, self.engine)
         except BaseException:
+            if self.nbd is not None:
+                self.nbd.abort()
+            if self._control is not None:
+                await self._control.stop(force=True)
             await self.engine.stop()
             raise
 

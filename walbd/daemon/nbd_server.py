@@ -195,6 +195,7 @@ class NbdServer:
                     self.addresses.append(Address(host=address.host, port=tcp.sockets[0].getsockname()[1]))
                     server = tcp
             except OSError as exc:
+                self.abort()
                 raise ConnectError("cannot listen", address=str(address), reason=exc.strerror or str(exc)) from exc
             self._servers.append(server)
 
