@@ -33,9 +33,9 @@ def test_every_package_on_disk_is_listed_and_mapped() -> None:
             on_disk.add(".".join(parts if parts[0] == "walbd" else ("walbd", *parts)))
     assert sorted(tools["packages"]) == sorted(on_disk)
     for name in on_disk:
-        top = name.split(".")
-        if len(top) > 1 and top[1] in ("storage", "proxy", "archive", "protocol", "ext"):
-            assert tools["package-dir"][name] == "/".join(top[1:])
+        parts = tuple(name.split("."))
+        if len(parts) > 1 and parts[1] in ("storage", "proxy", "archive", "protocol", "ext"):
+            assert tools["package-dir"][name] == "/".join(parts[1:])
 
 
 def test_links_lead_to_the_top_level_folders() -> None:
