@@ -11,13 +11,15 @@ import click
 from walbd.daemon.config import DaemonConfig, Setting, load, settings
 from walbd.daemon.env import Env
 from walbd.daemon.main import Daemon, Shutdown, run_daemon
+from walbd.units import format_size
 
 
 def _option(setting: Setting) -> Callable[[Any], Any]:
     """Make the option of a setting. Everything is text here; `walbd.daemon.config.load` checks it."""
     help_text = setting.description or setting.name.replace("_", " ")
     if not setting.required and setting.default not in ("", None, [], False):
-        help_text += f" [default: {setting.default}]"
+        default = format_size(setting.default) if setting.is_size else setting.default
+        help_text += f" [default: {default}]"
     if setting.type is bool:
         return click.option(
             f"{setting.option}/--no-{setting.option[2:]}", setting.name, default=None, help=help_text
