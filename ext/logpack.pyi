@@ -90,6 +90,12 @@ def find_headers(buf: Buf, pbs: int, salt: int) -> list[tuple[int, int]]:
     Headers without records (end headers) are left out. Runs without the GIL.
     """
 
+def find_claims(buf: Buf, pbs: int, lsid: int) -> list[int]:
+    """Return the index of every PB in `buf`, whose first is that of `lsid`, that claims to be the header of its place.
+
+    Type and lsid decide; the rest of the block may be anything. Runs without the GIL.
+    """
+
 def bad_records(data: Buf, salt: int, records: Buf) -> list[int]:
     """Return the indexes of all records (walb_log_record structs) whose data does not match their checksum.
 

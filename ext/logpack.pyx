@@ -448,6 +448,26 @@ def find_headers(const uint8_t[::1] buf not None, uint32_t pbs, uint32_t salt):
         i += 1
 
 
+def find_claims(const uint8_t[::1] buf not None, uint32_t pbs, uint64_t lsid):
+    check_pbs(pbs)
+    cdef size_t i = 0, n = buf.shape[0] // pbs
+    cdef const uint8_t* base = &buf[0] if buf.shape[0] else NULL
+    cdef bint found
+    result = []
+    while True:
+        found = False
+        with nogil:
+            while i < n:
+                if load16(base + i * pbs + 4) == TYPE_LOGPACK and load64(base + i * pbs + 8) == lsid + i:
+                    found = True
+                    break
+                i += 1
+        if not found:
+            return result
+        result.append(i)
+        i += 1
+
+
 def bad_records(const uint8_t[::1] data not None, uint32_t salt, const uint8_t[::1] records not None):
     if records.shape[0] % sizeof(walb_log_record):
         raise ValueError("records must hold whole log records")

@@ -1,16 +1,21 @@
 """Redo: bringing the data device up to the end of the log after a crash, and making the log end there.
 
-    1. apply every good record from `written_lsid` on, in log order      (nothing else is changed yet)
-    2. sync the data device
-    3. cut the header of a torn last pack down to its good records, or end the log there if none is good
-    4. forget the future: zero every later block that claims to be a pack header of its own place
-    5. write both superblocks with `written_lsid` = the end of the log
+    1. apply every whole, good pack from `written_lsid` on, in log order     (nothing else is changed yet)
+    2. cut the header of a torn last pack down to its good records, or end the log there if none is good
+    3. forget the future: zero every later block that claims to be a pack header of its own place
+    4. apply what is left of the torn pack
+    5. sync the data device, then write both superblocks with `written_lsid` = the end of the log
 
-A crash in between leaves something that the next redo brings to the same end: whole records are applied again,
-and what steps 3 and 4 wrote only takes away what redo had rejected.
+A crash in between leaves something that the next redo brings to the same end, or to an earlier one above which
+nothing was applied: whole records are applied again, and what steps 2 and 3 wrote only takes away what redo had
+rejected.
+That is why step 4 comes so late: had a crash in step 2 torn the rewritten header, the data device would hold
+records that the log has lost.
 
-Step 4 matters because packs are written out of order. If pack N was lost and N+1 was not, redo ends before N;
-a new N of the same size would bring the old N+1 back to life at the next crash.
+Step 3 matters because packs are written out of order. If pack N was lost and N+1 was not, redo ends before N;
+a new N of the same size would bring the old N+1 back to life at the next crash. Even half a header may come back:
+where a disk tears blocks of 4096 bytes, the old first sector and the new zeros behind it can be the whole
+old header. So a block counts by its type and lsid, whatever its checksum says.
 
 The same code serves the userspace device at start and `walbd ldev redo`.
 Source: docs/device.md, "Start and redo"; docs/formats.md, "Finding the end of the log".
@@ -23,6 +28,7 @@ from typing import Final
 
 from walbd.errors import CorruptData, Refused
 from walbd.ext.logapply import first_odd_padding
+from walbd.ext.logpack import Stop
 from walbd.format.files import aligned_buffer
 from walbd.format.logpack import LOG_RECORD, LOG_RECORD_B, end_header
 from walbd.format.logscan import CHUNK_B, Batch
@@ -41,10 +47,10 @@ FP_BEFORE_BATCH: Final = failpoints.register(
     "device.redo.before_batch", "a part of the log is applied, perhaps not durably; the log is unchanged"
 )
 FP_BEFORE_DATA_SYNC: Final = failpoints.register(
-    "device.redo.before_data_sync", "the log is applied, perhaps not durably; the log is unchanged"
+    "device.redo.before_data_sync", "the log is applied, perhaps not durably; the log ends where it shall"
 )
 FP_BEFORE_TORN: Final = failpoints.register(
-    "device.redo.before_torn", "the log is applied durably; a torn pack still stands at its end"
+    "device.redo.before_torn", "the whole packs are applied, perhaps not durably; a torn one stands at the end"
 )
 FP_BEFORE_FORGET: Final = failpoints.register(
     "device.redo.before_forget", "the torn pack is cut down; later packs may still stand in the ring"
@@ -92,18 +98,17 @@ def redo(
         )
     ring = Ring(ldev, superblock)
     begin = superblock.written_lsid
-    scanner = ring.scan(begin, keep_torn=True, chunk_b=chunk_b)
-    n_packs = n_records = 0
+    counted = _Counted()
+    scanner = ring.scan(begin, chunk_b=chunk_b)
     for batch in scanner:
         _check(ring, batch, ddev_lb, str(ddev.path))
         failpoints.hit(FP_BEFORE_BATCH)
+        counted.add(batch)
         apply_records(ddev, batch.data, batch.records, zero_discards=zero_discards)
-        n_packs += batch.n_packs
-        n_records += len(batch.records) // LOG_RECORD_B
     refuse_contradictions(ring, scanner, begin)
     end = log_end(scanner)
-    failpoints.hit(FP_BEFORE_DATA_SYNC)
-    ddev.sync()
+    if scanner.stop is Stop.BAD_DATA:
+        end = log_end(ring.scan(scanner.lsid, collect=False, keep_torn=True, chunk_b=chunk_b).run())
     if end.torn:
         failpoints.hit(FP_BEFORE_TORN)
         # In a pack without any good record an end header replaces the old one, which must never count again.
@@ -111,22 +116,41 @@ def redo(
         _write_pb(ldev, superblock, end.torn.lsid, header)
         ldev.sync()
     forgotten = forget_future(ldev, superblock, end.lsid, max_b=forget_max_b)
+    if end.torn:
+        for batch in ring.scan(end.torn.lsid, lsid_end=end.lsid, chunk_b=chunk_b):
+            _check(ring, batch, ddev_lb, str(ddev.path))
+            counted.add(batch)
+            apply_records(ddev, batch.data, batch.records, zero_discards=zero_discards)
+    failpoints.hit(FP_BEFORE_DATA_SYNC)
+    ddev.sync()
     after = replace(superblock, written_lsid=end.lsid)
     write_superblocks(ldev, after)
     return RedoResult(
         superblock=after,
         begin_lsid=begin,
         end=end,
-        n_packs=n_packs,
-        n_records=n_records,
+        n_packs=counted.n_packs,
+        n_records=counted.n_records,
         forgotten=forgotten,
     )
+
+
+@dataclass(slots=True)
+class _Counted:
+    """What was applied so far."""
+
+    n_packs: int = 0
+    n_records: int = 0
+
+    def add(self, batch: Batch) -> None:
+        self.n_packs += batch.n_packs
+        self.n_records += len(batch.records) // LOG_RECORD_B
 
 
 def forget_future(
     ldev: File, superblock: Superblock, end_lsid: int, *, max_b: int = FORGET_MAX_B
 ) -> tuple[Lsid, ...]:
-    """Zero every block from `end_lsid` on that is a pack header for its own place; durable on return.
+    """Zero every block from `end_lsid` on that claims to be a pack header of its own place; durable on return.
 
     Looks at the free part of the ring, at most `max_b` bytes: it has to cover all that can have been in flight
     above the end. Log that is kept is never touched: its headers have lsids below the end. Returns the lsids.
@@ -136,7 +160,7 @@ def forget_future(
     free_pb = superblock.ring_size_pb - used_pb if used_pb <= superblock.ring_size_pb else superblock.ring_size_pb
     limit = end_lsid + min(free_pb, max_b // superblock.pbs)
     ring = Ring(ldev, superblock)
-    forgotten = tuple(place for place, found in ring.headers(end_lsid, limit) if place == found)
+    forgotten = tuple(ring.claims(end_lsid, limit))
     for lsid in forgotten:
         _write_pb(ldev, superblock, lsid, bytes(superblock.pbs))
     failpoints.hit(FP_BEFORE_FORGET_SYNC)

@@ -261,6 +261,39 @@ def test_no_write_from_before_a_crash_comes_back() -> None:
     assert image[: 3 * LB] == b"\1" * LB + b"\4" * LB + bytes(LB), "N+1 has come back"
 
 
+def test_half_a_header_from_before_a_crash_does_not_come_back() -> None:
+    """A block of 4096 bytes may be torn twice: the first sector of an old header, the others of a new one."""
+    rng = random.Random(8)
+
+    def serve(disk: SimDisk, *ops: Op) -> bytes:
+        """Start the device after a crash of the process, do `ops`, return the first block."""
+
+        async def main() -> bytes:
+            async with serving(disk, rng, TUNING) as engine:
+                client = Client(engine)
+                for op in ops:
+                    client.submit(op)
+                    await client.answered(op)
+                return await client.read(0, LB)
+
+        return run(main())
+
+    disk = make_disk(pbs=4096, ring_pb=32)
+    serve(disk, Op(Command.WRITE, 0, 1, b"b" * LB, CommandFlag.FUA))
+    at = read_superblock(disk.open(LDEV)).offset_b(2)  # of the next header
+    ldev = disk.files[LDEV].now
+    lap = rng.randbytes(4096 - LB)
+    serve(disk := disk.restart(), Op(Command.TRIM, 0, 8))
+    old_header = bytes(ldev[at : at + 4096])
+    ldev[at + LB : at + 4096] = lap  # the other sectors are still those of an earlier lap
+    serve(disk := disk.restart())
+    first_sector = bytes(ldev[at : at + LB])
+    serve(disk := disk.restart(), Op(Command.WRITE, 8, 1, b"n" * LB))
+    ldev[at : at + LB] = first_sector  # the first sector of the new header did not make it
+    assert ldev[at : at + 4096] != old_header
+    assert serve(disk.restart()) == b"b" * LB, "the trim has come back"
+
+
 def test_damage_in_the_log_is_not_an_end_of_it() -> None:
     """A header whose checksum is good and whose fields contradict each other is refused."""
     rng = random.Random(1)

@@ -211,6 +211,11 @@ def find_headers(buf: bytes, pbs: int, salt: int) -> list[tuple[int, int]]:
     return found
 
 
+def find_claims(buf: bytes, pbs: int, lsid: int) -> list[int]:
+    blocks = [buf[at : at + pbs] for at in range(0, len(buf) // pbs * pbs, pbs)]
+    return [i for i, block in enumerate(blocks) if u16(block, 4) == 3 and u64(block, 8) == lsid + i]
+
+
 def bad_records(data: bytes, salt: int, found: list[Found]) -> list[int]:
     return [
         i

@@ -13,7 +13,18 @@ from tests.kit.logs import Io, build_log, build_pack, packs
 from tests.reference import logpack as reference
 from tests.reference.checksum import checksum
 from walbd.errors import CorruptData
-from walbd.ext.logpack import Fault, Scan, Stop, bad_records, check_header, find_headers, scan, scan_data, shrink
+from walbd.ext.logpack import (
+    Fault,
+    Scan,
+    Stop,
+    bad_records,
+    check_header,
+    find_claims,
+    find_headers,
+    scan,
+    scan_data,
+    shrink,
+)
 from walbd.format.logpack import (
     END_HEADER,
     LOG_RECORD,
@@ -129,12 +140,14 @@ def test_resealed_headers(log: tuple[bytes, int, int, int], data: st.DataObject)
     fault, record = check_header(changed[:pbs], pbs, salt)
     assert (fault.name, record) == reference.check_header(bytes(changed[:pbs]), pbs, salt)
     assert find_headers(changed, pbs, salt) == reference.find_headers(bytes(changed), pbs, salt)
+    assert find_claims(changed, pbs, lsid) == reference.find_claims(bytes(changed), pbs, lsid)
 
 
 @given(st.binary(max_size=1600), PBS, SALT, LSIDS)
 def test_random_bytes(buf: bytes, pbs: int, salt: int, lsid: int) -> None:
     both_scans(buf, pbs, salt, lsid)
     assert find_headers(buf, pbs, salt) == reference.find_headers(buf, pbs, salt)
+    assert find_claims(buf, pbs, lsid) == reference.find_claims(buf, pbs, lsid)
 
 
 @given(st.binary(min_size=512, max_size=512), SALT)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from walbd.errors import CorruptData
-from walbd.ext.logpack import Fault, Stop, find_headers
+from walbd.ext.logpack import Fault, Stop, find_claims, find_headers
 from walbd.format.files import ReadFile, aligned_buffer
 from walbd.format.logpack import FAULT_TEXT
 from walbd.format.logscan import CHUNK_B, LogScanner, TornPack
@@ -120,6 +120,23 @@ class Ring:
             self.read_into(view, lsid)
             for i, found in find_headers(view, sb.pbs, sb.salt):
                 yield Lsid(lsid + i), Lsid(found)
+            lsid += n_pb
+
+    def claims(self, lsid: int, lsid_end: int) -> Iterator[Lsid]:
+        """Yield the lsid of every block in [lsid, lsid_end) that claims to be the header of its own place.
+
+        Sector type and lsid decide, not the checksum: a header that was written in part claims its place too.
+        At most one lap.
+        """
+        sb = self.superblock
+        assert lsid_end - lsid <= sb.ring_size_pb
+        buffer = aligned_buffer(min(_PIECE_B, (lsid_end - lsid) * sb.pbs))
+        while lsid < lsid_end:
+            n_pb = min(len(buffer) // sb.pbs, lsid_end - lsid)
+            view = buffer[: n_pb * sb.pbs]
+            self.read_into(view, lsid)
+            for i in find_claims(view, sb.pbs, lsid):
+                yield Lsid(lsid + i)
             lsid += n_pb
 
     def error(self, scanner: LogScanner, begin_lsid: int, *, hint: str = "") -> CorruptData:
