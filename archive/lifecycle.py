@@ -7,7 +7,6 @@ the moment the volume is gone; what bears such a name is removed here and at sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -156,12 +155,8 @@ def _rename_away(fs: FileSystem, directory: Path) -> Path:
     return garbage
 
 
-def remove_garbage(fs: FileSystem, base_dir: Path, is_volume: Callable[[str], bool]) -> list[str]:
-    """Remove what cleared volumes left in the base directory; return the names that may be volumes."""
-    names = []
+def remove_garbage(fs: FileSystem, base_dir: Path) -> None:
+    """Remove what cleared volumes left in the base directory."""
     for name in fs.list_names(base_dir):
         if name.startswith(CLEARED_PREFIX):
             fs.remove_tree(base_dir / name)
-        elif is_volume(name) and fs.is_dir(base_dir / name):
-            names.append(name)
-    return names

@@ -43,7 +43,6 @@ class Queries:
     def handlers(self) -> dict[type[Request[Any]], Handler]:
         """Return the handlers by request."""
         return {
-            c.GetState: self._state,
             c.GetVolumes: self._names,
             c.GetNumAction: self._num_action,
             c.GetActions: self._actions,
@@ -65,10 +64,6 @@ class Queries:
         }
 
     # --- in any state
-
-    async def _state(self, _conn: Connection, request: c.GetState) -> c.TextValue:
-        volume = self._volumes.get(request.volume)
-        return c.TextValue(value=volume.machine.shown if volume is not None else str(State.CLEAR))
 
     async def _names(self, _conn: Connection, _request: c.GetVolumes) -> c.Names:
         return c.Names(names=sorted(self._volumes))

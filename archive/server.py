@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
-import walbd
 from walbd.archive import lifecycle
 from walbd.archive.apply import plan_apply, run_apply
 from walbd.archive.config import ArchiveConfig
@@ -28,6 +26,8 @@ from walbd.archive.slots import Slots
 from walbd.archive.states import APPLY, RESTORE, Command
 from walbd.archive.status import volume_status
 from walbd.archive.volume import Place, Volume
+from walbd.daemon.basedir import lock_base, volume_names
+from walbd.daemon.common import CommonRequests, free_space, status_reply
 from walbd.daemon.conn import Connection
 from walbd.daemon.env import Env, Pool
 from walbd.daemon.jobs import Job, Jobs
@@ -37,29 +37,14 @@ from walbd.daemon.net import Address
 from walbd.daemon.server import Handler, Server
 from walbd.daemon.states import StopMode
 from walbd.daemon.tasks import uninterrupted
-from walbd.errors import Busy, DiskFailed, NotFound, UsageError, WalbError
-from walbd.format.superblock import LOG_VERSION
-from walbd.fs import File, FileSystem
-from walbd.ids import volume_name
+from walbd.errors import NotFound, UsageError, WalbError
+from walbd.fs import File
 from walbd.protocol import control as c
-from walbd.protocol.base import (
-    VERSION_MAX,
-    VERSION_MIN,
-    Fact,
-    GetJobs,
-    JobAccepted,
-    JobInfo,
-    JobList,
-    Kind,
-    Ok,
-    WaitJob,
-)
+from walbd.protocol.base import Fact, JobAccepted, Kind, Ok
 from walbd.protocol.codec import Request
 from walbd.protocol.transfer import BackupDone, FullBackupOffer, WdiffOffer, WdiffVerdict
 
 log = structlog.get_logger()
-
-LOCK_NAME: Final = "archive.lock"  # no volume name has a dot
 
 Work = Callable[[Job], Awaitable[dict[str, Fact] | None]]
 
@@ -74,7 +59,6 @@ class ArchiveServer:
         self.jobs = Jobs(env.clock)
         self._config = config
         self._env = env
-        self._shutdown = shutdown
         self._base_dir = Path(config.base_dir)
         self._forced = False
         if images is None:
@@ -83,8 +67,10 @@ class ArchiveServer:
         self._wdiffs = Slots(config.wdiffs_max)
         self._backups = Slots(config.backups_max)
         self._maintenance = Slots(config.maintain_max)
+        self._me = identity(config, Kind.ARCHIVE)
+        common = CommonRequests(self._me, self.jobs, self.volumes, shutdown, lambda: self._server.stats)
         self._server = Server(
-            env, identity(config, Kind.ARCHIVE), self._handlers(), connections_max=config.connections_max
+            env, self._me, {**common.handlers(), **self._handlers()}, connections_max=config.connections_max
         )
         self._lock: File | None = None
         self._tasks: asyncio.TaskGroup | None = None
@@ -97,10 +83,11 @@ class ArchiveServer:
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Load all volumes, repair what a crash left, and listen. Raises NotFound, Busy or ConnectError."""
         self._tasks = tasks
-        pools = self._env.pools
-        self._lock = await pools.run(Pool.RECORD, _lock_base_dir, self._env.fs, self._base_dir)
+        pools, fs, base = self._env.pools, self._env.fs, self._base_dir
+        self._lock = await pools.run(Pool.RECORD, partial(lock_base, fs, base, create=False))
         try:
-            names = await pools.run(Pool.RECORD, lifecycle.remove_garbage, self._env.fs, self._base_dir, _is_name)
+            await pools.run(Pool.RECORD, lifecycle.remove_garbage, fs, base)
+            names = await pools.run(Pool.RECORD, volume_names, fs, base)
             await asyncio.gather(*(self._load(name) for name in names))
             await self._server.listen(
                 tasks, [Address(self._config.listen, self._config.port)], tls_context(self._config, server=True)
@@ -117,6 +104,7 @@ class ArchiveServer:
             self._forced = True
             for volume in self.volumes.values():
                 volume.machine.changed.set()
+        self.jobs.close()
         await self._server.stop(force=self._forced)
         await self.jobs.idle()
         if self._lock is not None:
@@ -170,12 +158,7 @@ class ArchiveServer:
     def _handlers(self) -> dict[type[Request[Any]], Handler]:
         return {
             **Queries(self.volumes, self.place).handlers(),
-            c.GetVersion: self._version,
-            c.GetHostType: self._host_type,
-            c.GetPid: self._pid,
-            c.GetHandlerStat: self._handler_stat,
             c.GetStatus: self._status,
-            c.Shutdown: self._shut_down,
             c.ArchiveInitVol: self._init_vol,
             c.ClearVol: self._clear_vol,
             c.ResetVol: self._reset_vol,
@@ -185,8 +168,6 @@ class ArchiveServer:
             c.DelRestored: self._del_restored,
             c.Apply: self._apply,
             c.GcDiff: self._gc_diff,
-            GetJobs: self._get_jobs,
-            WaitJob: self._wait_job,
             FullBackupOffer: self._full_backup,
             WdiffOffer: self._wdiff,
         }
@@ -249,55 +230,16 @@ class ArchiveServer:
     async def _wdiff(self, conn: Connection, request: WdiffOffer) -> WdiffVerdict | Ok:
         return await receive_wdiff(self.volumes, self.place, self._wdiffs, conn, request)
 
-    async def _get_jobs(self, _conn: Connection, request: GetJobs) -> JobList:
-        return JobList(jobs=[job.info() for job in self.jobs.of(request.volume)])
-
-    async def _wait_job(self, _conn: Connection, request: WaitJob) -> JobInfo:
-        return await self.jobs.wait(request.job, min(request.wait_s, self._config.io_timeout_s / 2))
-
-    async def _version(self, _conn: Connection, _request: c.GetVersion) -> c.VersionInfo:
-        return c.VersionInfo(
-            version=walbd.__version__,
-            protocol_min=VERSION_MIN,
-            protocol_max=VERSION_MAX,
-            log_format=LOG_VERSION,
-            python=platform.python_version(),
-        )
-
-    async def _host_type(self, _conn: Connection, _request: c.GetHostType) -> c.HostType:
-        return c.HostType(kind=Kind.ARCHIVE)
-
-    async def _pid(self, _conn: Connection, _request: c.GetPid) -> c.IntValue:
-        return c.IntValue(value=os.getpid())
-
-    async def _handler_stat(self, _conn: Connection, _request: c.GetHandlerStat) -> c.RequestStats:
-        rows = [
-            (tag, client, stat.count, stat.elapsed_s / stat.count)
-            for (tag, client), stat in sorted(self._server.stats.items())
-        ]
-        return c.RequestStats(rows=rows)
-
     async def _status(self, _conn: Connection, request: c.GetStatus) -> c.StatusReply:
         facts = await self._server_facts()
         names = [request.volume] if request.volume else sorted(self.volumes)
-        return c.StatusReply(
-            node=self._config.name,
-            kind=Kind.ARCHIVE,
-            version=walbd.__version__,
-            pid=os.getpid(),
-            now=self._env.clock.now(),
-            server=facts,
-            volumes=[volume_status(name, self.volumes.get(name)) for name in names],
-        )
+        volumes = [volume_status(name, self.volumes.get(name)) for name in names]
+        return status_reply(self._me, self._env.clock, facts, volumes)
 
     async def _server_facts(self) -> dict[str, Fact]:
-        try:
-            free_b = await self._env.pools.run(Pool.QUERY, self._env.fs.free_b, self._base_dir)
-        except DiskFailed:
-            free_b = 0
         return {
             "base_dir": self._config.base_dir,
-            "free_b": free_b,
+            **await free_space(self._env, self._base_dir),
             "free_reserve_b": self._config.free_reserve_b,
             "auto_resize": self._config.auto_resize,
             "wdiffs_receiving": self._wdiffs.running,
@@ -306,32 +248,3 @@ class ArchiveServer:
             "maintenance_running": self._maintenance.running,
             "maintenance_waiting": self._maintenance.waiting,
         }
-
-    async def _shut_down(self, conn: Connection, request: c.Shutdown) -> None:
-        await conn.send(Ok())
-        self._shutdown.request(ShutdownMode(str(request.how)))
-
-
-def _is_name(name: str) -> bool:
-    try:
-        volume_name(name)
-    except UsageError:
-        return False
-    return True
-
-
-def _lock_base_dir(fs: FileSystem, base_dir: Path) -> File:
-    """Keep a second archive out of the directory; raises NotFound or Busy."""
-    if not fs.is_dir(base_dir):
-        raise NotFound(
-            "the base directory does not exist",
-            hint="mount its disk, or create the directory",
-            path=str(base_dir),
-        )
-    path = base_dir / LOCK_NAME
-    try:
-        if fs.exists(path):
-            return fs.open(path, write=True, lock=True)
-        return fs.open(path, create=True, lock=True)
-    except Busy as exc:
-        raise Busy("another archive uses this directory", hint="stop it first", path=str(base_dir)) from exc

@@ -9,14 +9,12 @@ from typing import Any
 
 from walbd.daemon.conn import Connection
 from walbd.daemon.jobs import Job, Jobs
-from walbd.daemon.main import Shutdown, ShutdownMode
 from walbd.daemon.net import parse_address
 from walbd.daemon.server import Handler
 from walbd.daemon.states import StopMode
-from walbd.daemon.tasks import Signal
 from walbd.errors import Stopping, UsageError, WalbError
 from walbd.format.compress import CompressOpt
-from walbd.protocol.base import Fact, JobAccepted, JobInfo, Ok, WaitJob
+from walbd.protocol.base import Fact, JobAccepted, Ok
 from walbd.protocol.codec import Request
 from walbd.protocol.control import (
     AddArchiveInfo,
@@ -30,7 +28,6 @@ from walbd.protocol.control import (
     Stop,
     UpdateArchiveInfo,
 )
-from walbd.protocol.control import Shutdown as ShutdownRequest
 from walbd.proxy.queue import SendQueue
 from walbd.proxy.states import WDIFF_SEND, Command, State, nothing_to_save
 from walbd.proxy.volume import Volume
@@ -46,7 +43,6 @@ class Commands:
         find: Callable[[str], Volume],
         sends: SendQueue,
         jobs: Jobs,
-        shutdown: Shutdown,
     ) -> None:
         """`find(name)` returns a volume, a Clear one for an unknown name, which is not in `volumes`."""
         self.tasks: asyncio.TaskGroup | None = None  # where jobs are born, once the daemon has started
@@ -54,9 +50,7 @@ class Commands:
         self._find = find
         self._sends = sends
         self._jobs = jobs
-        self._shutdown = shutdown
         self._closing = False
-        self._changed = Signal()
 
     def handlers(self) -> dict[type[Request[Any]], Handler]:
         """Return the handlers by request."""
@@ -69,14 +63,11 @@ class Commands:
             Start: self.start,
             Stop: self.stop,
             Kick: self.kick,
-            WaitJob: self.wait_job,
-            ShutdownRequest: self.shutdown,
         }
 
     def close(self) -> None:
         """The daemon ends: jobs that would wait for more work to be done give up."""
         self._closing = True
-        self._changed.set()
         for volume in self._volumes.values():
             volume.machine.changed.set()
 
@@ -210,23 +201,6 @@ class Commands:
                 continue
             tasks += self._sends.kick(volume, list(volume.hops.values()))
         return Kicked(tasks=tasks)
-
-    async def wait_job(self, _conn: Connection, request: WaitJob) -> JobInfo:
-        """Answer when the job has ended, after a time, or when the daemon ends."""
-        job = self._jobs.get(request.job)
-        ended = asyncio.ensure_future(self._jobs.wait(request.job, request.wait_s))
-        closing = asyncio.ensure_future(self._changed.wait_for(lambda: self._closing))
-        try:
-            await asyncio.wait({ended, closing}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ended.cancel()
-            closing.cancel()
-            await asyncio.wait({ended, closing})
-        return job.info()
-
-    async def shutdown(self, conn: Connection, request: ShutdownRequest) -> None:
-        await conn.send(Ok())  # first: a forced end drops connections
-        self._shutdown.request(ShutdownMode(request.how.value))
 
     def _forget_if_clear(self, volume: Volume) -> None:
         if volume.machine.state is State.CLEAR and volume.machine.during is None:

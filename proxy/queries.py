@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from walbd import __version__
-from walbd.daemon.conn import Connection
-from walbd.daemon.env import Env, Pool
-from walbd.daemon.jobs import Jobs
+from walbd.daemon.common import begun_actions, free_space, status_reply
+from walbd.daemon.conn import Connection, Me
+from walbd.daemon.env import Env
 from walbd.daemon.scheduler import Scheduler
-from walbd.daemon.server import Handler, RequestStat
-from walbd.errors import DiskFailed, NotFound
+from walbd.daemon.server import Handler
+from walbd.errors import NotFound
 from walbd.format.meta import Diff
-from walbd.format.superblock import LOG_VERSION
 from walbd.ids import NO_GID
-from walbd.protocol.base import VERSION_MAX, VERSION_MIN, Fact, GetJobs, JobList, Kind
+from walbd.protocol.base import Fact
 from walbd.protocol.codec import Request
 from walbd.protocol.control import (
     Actions,
@@ -27,28 +23,18 @@ from walbd.protocol.control import (
     Diffs,
     GetActions,
     GetArchiveInfo,
-    GetHandlerStat,
-    GetHostType,
     GetIsWdiffSendError,
     GetLatestSnap,
     GetNumAction,
-    GetPid,
     GetProxyDiff,
-    GetState,
     GetStatus,
-    GetVersion,
     GetVolumes,
     HopStatus,
-    HostType,
     IntValue,
     Latest,
     ListArchiveInfo,
     Names,
-    RequestStats,
     StatusReply,
-    TaskStatus,
-    TextValue,
-    VersionInfo,
     VolumeStatus,
 )
 from walbd.proxy.config import ProxyConfig
@@ -64,36 +50,28 @@ class Queries:
     def __init__(
         self,
         env: Env,
+        me: Me,
         config: ProxyConfig,
         volumes: Mapping[str, Volume],
         find: Callable[[str], Volume],
         scheduler: Scheduler[SendKey],
         receiver: Receiver,
-        jobs: Jobs,
-        stats: Callable[[], Mapping[tuple[str, str], RequestStat]],
     ) -> None:
         """`find(name)` returns a volume, a Clear one for an unknown name."""
         self._env = env
+        self._me = me
         self._config = config
         self._volumes = volumes
         self._find = find
         self._scheduler = scheduler
         self._receiver = receiver
-        self._jobs = jobs
-        self._stats = stats
 
     def handlers(self) -> dict[type[Request[Any]], Handler]:
         """Return the handlers by request."""
         return {
-            GetVersion: self.version,
-            GetHostType: self.host_type,
-            GetPid: self.pid,
-            GetHandlerStat: self.handler_stat,
-            GetState: self.state,
             GetVolumes: self.list_volumes,
             GetNumAction: self.num_action,
             GetActions: self.actions,
-            GetJobs: self.list_jobs,
             GetStatus: self.status,
             GetLatestSnap: self.latest_snap,
             GetIsWdiffSendError: self.is_wdiff_send_error,
@@ -101,33 +79,6 @@ class Queries:
             ListArchiveInfo: self.list_archives,
             GetArchiveInfo: self.archive_info,
         }
-
-    # --- of every daemon
-
-    async def version(self, _conn: Connection, _request: GetVersion) -> VersionInfo:
-        return VersionInfo(
-            version=__version__,
-            protocol_min=VERSION_MIN,
-            protocol_max=VERSION_MAX,
-            log_format=LOG_VERSION,
-            python=platform.python_version(),
-        )
-
-    async def host_type(self, _conn: Connection, _request: GetHostType) -> HostType:
-        return HostType(kind=Kind.PROXY)
-
-    async def pid(self, _conn: Connection, _request: GetPid) -> IntValue:
-        return IntValue(value=os.getpid())
-
-    async def handler_stat(self, _conn: Connection, _request: GetHandlerStat) -> RequestStats:
-        rows = [
-            (tag, node, stat.count, stat.elapsed_s / stat.count if stat.count else 0.0)
-            for (tag, node), stat in sorted(self._stats().items())
-        ]
-        return RequestStats(rows=rows)
-
-    async def state(self, _conn: Connection, request: GetState) -> TextValue:
-        return TextValue(value=self._find(request.volume).state_text)
 
     async def list_volumes(self, _conn: Connection, _request: GetVolumes) -> Names:
         return Names(names=sorted(self._volumes))
@@ -145,17 +96,7 @@ class Queries:
         )
 
     async def actions(self, _conn: Connection, _request: GetActions) -> Actions:
-        rows = [
-            (volume.name, action, info.count, info.began)
-            for volume in self._sorted()
-            for action, info in sorted(volume.machine.actions.items())
-        ]
-        return Actions(rows=rows)
-
-    async def list_jobs(self, _conn: Connection, request: GetJobs) -> JobList:
-        return JobList(jobs=[job.info() for job in self._jobs.of(request.volume)])
-
-    # --- of proxies
+        return begun_actions(self._volumes)
 
     async def latest_snap(self, _conn: Connection, request: GetLatestSnap) -> Latest:
         volumes = [self._find(request.volume)] if request.volume else self._sorted()
@@ -190,19 +131,12 @@ class Queries:
 
     async def status(self, _conn: Connection, request: GetStatus) -> StatusReply:
         volumes = [self._find(request.volume)] if request.volume else self._sorted()
-        keys = [row for row in self._scheduler.waiting() if request.volume in ("", row.key.volume)]
-        return StatusReply(
-            node=self._config.name,
-            kind=Kind.PROXY,
-            version=__version__,
-            pid=os.getpid(),
-            now=self._env.clock.now(),
-            server=await self._server_facts(),
-            volumes=[volume_status(volume) for volume in volumes],
-            tasks=[
-                TaskStatus(key=str(row.key), due_in_s=round(row.due_in_s, 3), failures=row.failures)
-                for row in keys
-            ],
+        return status_reply(
+            self._me,
+            self._env.clock,
+            await self._server_facts(),
+            [volume_status(volume) for volume in volumes],
+            waiting=[row for row in self._scheduler.waiting() if request.volume in ("", row.key.volume)],
         )
 
     def _sorted(self) -> list[Volume]:
@@ -210,7 +144,7 @@ class Queries:
 
     async def _server_facts(self) -> dict[str, Fact]:
         config = self._config
-        facts: dict[str, Fact] = {
+        return {
             "base_dir": config.base_dir,
             "wdiff_send_size_max": config.wdiff_send_size_max,
             "wdiff_send_count_max": config.wdiff_send_count_max,
@@ -220,13 +154,8 @@ class Queries:
             "receiving": self._receiver.running,
             "sending": sum(volume.machine.running(WDIFF_SEND) for volume in self._volumes.values()),
             "wdiffs_b": sum(waiting(volume)[1] for volume in self._volumes.values()),
+            **await free_space(self._env, Path(config.base_dir)),
         }
-        try:
-            base = Path(config.base_dir)
-            facts["free_b"] = await self._env.pools.run(Pool.QUERY, self._env.fs.free_b, base)
-        except DiskFailed as exc:
-            facts["disk_error"] = str(exc)
-        return facts
 
 
 def volume_status(volume: Volume) -> VolumeStatus:

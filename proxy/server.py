@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import structlog
 
+from walbd.daemon.basedir import lock_base, volume_names
+from walbd.daemon.common import CommonRequests
 from walbd.daemon.env import Env, Pool
 from walbd.daemon.jobs import Jobs
 from walbd.daemon.logs import error_fields
@@ -16,8 +19,8 @@ from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
 from walbd.daemon.net import Address
 from walbd.daemon.scheduler import RetryPolicy, Scheduler
 from walbd.daemon.server import Server
-from walbd.errors import AlreadyExists, UsageError, WalbError
-from walbd.fs import File, FileSystem
+from walbd.errors import WalbError
+from walbd.fs import File
 from walbd.ids import volume_name
 from walbd.protocol.base import Kind
 from walbd.protocol.transfer import WlogOffer
@@ -33,7 +36,6 @@ from walbd.proxy.volume import Volume
 
 log = structlog.get_logger()
 
-_LOCK_NAME: Final = ".lock"
 _OTHER_FILES: Final = 512  # descriptors for everything but the wdiffs of transfers
 
 
@@ -57,21 +59,18 @@ class ProxyServer:
         )
         self.sends = SendQueue(self.scheduler, self.prober)
         self.receiver = Receiver(env, config, self.find, self.sends.push)
-        self.commands = Commands(self.volumes, self.find, self.sends, self.jobs, shutdown)
-        queries = Queries(
-            env,
-            config,
-            self.volumes,
-            self.find,
-            self.scheduler,
-            self.receiver,
-            self.jobs,
-            lambda: self.server.stats,
-        )
+        self.commands = Commands(self.volumes, self.find, self.sends, self.jobs)
+        common = CommonRequests(me, self.jobs, self.volumes, shutdown, lambda: self.server.stats)
+        queries = Queries(env, me, config, self.volumes, self.find, self.scheduler, self.receiver)
         self.server = Server(
             env,
             me,
-            {**queries.handlers(), **self.commands.handlers(), WlogOffer: self.receiver.serve},
+            {
+                **common.handlers(),
+                **queries.handlers(),
+                **self.commands.handlers(),
+                WlogOffer: self.receiver.serve,
+            },
             connections_max=config.connections_max,
         )
         self._lock_file: File | None = None
@@ -85,7 +84,7 @@ class ProxyServer:
         """Read all volumes, start them, listen."""
         self.commands.tasks = tasks
         run = self.env.pools.run
-        self._lock_file = await run(Pool.RECORD, take_base_dir, self.env.fs, self._base)
+        self._lock_file = await run(Pool.RECORD, partial(lock_base, self.env.fs, self._base, create=True))
         names = await run(Pool.RECORD, volume_names, self.env.fs, self._base)
         async with asyncio.TaskGroup() as loading:
             for name in names:
@@ -105,6 +104,7 @@ class ProxyServer:
             for volume in self.volumes.values():
                 volume.give_up()
         self.commands.close()
+        self.jobs.close()
         await self.server.stop(force=force)
         await self.scheduler.idle()
         await self.jobs.idle()
@@ -150,31 +150,6 @@ class ProxyServer:
             return hop is not None and hop.entry.address == address
 
         self.scheduler.hurry_waiting(waits_for_it)
-
-
-def take_base_dir(fs: FileSystem, base: Path) -> File:
-    """Make the base directory if it is missing and lock it; raises Busy when another process has it. Blocking."""
-    fs.make_dir(base, parents=True)
-    path = base / _LOCK_NAME
-    if not fs.exists(path):
-        try:
-            fs.open(path, create=True).close()
-        except AlreadyExists:
-            pass
-    return fs.open(path, write=True, lock=True)
-
-
-def volume_names(fs: FileSystem, base: Path) -> list[str]:
-    """Return the names of all directories that can be volumes. Blocking."""
-    names = []
-    for name in fs.list_names(base):
-        try:
-            volume_name(name)
-        except UsageError:
-            continue
-        if fs.is_dir(base / name):
-            names.append(name)
-    return names
 
 
 def open_files_per_send(sends: int, wanted: int) -> int:

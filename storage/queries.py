@@ -6,21 +6,15 @@ Those about all volumes leave out the ones that cannot answer; those about one v
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
-from walbd import __version__
+from walbd.daemon.common import status_reply
 from walbd.errors import NotFound, TimedOut, WalbError
-from walbd.format.superblock import LOG_VERSION
-from walbd.protocol.base import VERSION_MAX, VERSION_MIN, Fact, Kind
+from walbd.protocol.base import Fact
 from walbd.protocol.control import (
-    Actions,
     LogUsage,
     StatusReply,
-    TaskStatus,
-    VersionInfo,
     VolumeStatus,
 )
 from walbd.storage.device.interface import DeviceInfo
@@ -34,17 +28,6 @@ DEVICE_WAIT_S: Final = 3.0  # for a device's answer to a query
 
 T = TypeVar("T")
 LatestRow = tuple[str, str, int, int, int]
-
-
-def version() -> VersionInfo:
-    """Return what runs here."""
-    return VersionInfo(
-        version=__version__,
-        protocol_min=VERSION_MIN,
-        protocol_max=VERSION_MAX,
-        log_format=LOG_VERSION,
-        python=platform.python_version(),
-    )
 
 
 async def device_info(volume: Volume) -> DeviceInfo:
@@ -98,18 +81,6 @@ def num_action(volume: Volume, action: str) -> int:
     return volume.machine.running(action)
 
 
-def actions(volumes: Sequence[Volume]) -> Actions:
-    """Return the actions of all volumes."""
-    return Actions(
-        rows=[
-            (volume.name, name, info.count, info.began)
-            for volume in volumes
-            for name in TABLE.actions
-            if (info := volume.machine.actions.get(name)) is not None
-        ]
-    )
-
-
 async def status(
     shared: Shared, proxies: Proxies, volumes: Sequence[Volume], all_volumes: Sequence[Volume]
 ) -> StatusReply:
@@ -131,20 +102,14 @@ async def status(
     health = proxies.health()
     if not any(proxy.available for proxy in health):
         errors.append("no proxy is available")
-    return StatusReply(
-        node=shared.me.node,
-        kind=Kind.STORAGE,
-        version=__version__,
-        pid=os.getpid(),
-        now=shared.now(),
-        server=server,
+    return status_reply(
+        shared.me,
+        shared.env.clock,
+        server,
+        rows,
+        waiting=shared.scheduler.waiting(),
         proxies=health,
-        volumes=rows,
-        tasks=[
-            TaskStatus(key=row.key, due_in_s=round(row.due_in_s, 3), failures=row.failures)
-            for row in shared.scheduler.waiting()
-        ],
-        errors=[text[:4096] for text in errors],
+        errors=errors,
     )
 
 

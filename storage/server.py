@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import structlog
 
+from walbd.daemon.basedir import lock_base, volume_names
+from walbd.daemon.common import CommonRequests, begun_actions
 from walbd.daemon.conn import Connection
 from walbd.daemon.env import Env, Pool
 from walbd.daemon.jobs import Jobs
@@ -23,9 +25,9 @@ from walbd.errors import (
     UsageError,
     WalbError,
 )
-from walbd.fs import File, FileSystem
+from walbd.fs import File
 from walbd.ids import volume_name
-from walbd.protocol.base import GetJobs, JobAccepted, JobInfo, JobList, Kind, Ok, WaitJob
+from walbd.protocol.base import JobAccepted, Kind, Ok
 from walbd.protocol.codec import Request
 from walbd.protocol.control import (
     Actions,
@@ -33,28 +35,21 @@ from walbd.protocol.control import (
     ClearVol,
     FullBackup,
     GetActions,
-    GetHandlerStat,
-    GetHostType,
     GetIsOverflow,
     GetLatestSnap,
     GetLogUsage,
     GetNumAction,
-    GetPid,
-    GetState,
     GetStatus,
     GetTsDelta,
     GetUuid,
-    GetVersion,
     GetVolumes,
     GidValue,
-    HostType,
     IntValue,
     Kick,
     Kicked,
     Latest,
     LogUsages,
     Names,
-    RequestStats,
     ResetVol,
     Resize,
     Role,
@@ -64,12 +59,9 @@ from walbd.protocol.control import (
     Stop,
     StorageInitVol,
     TakeSnapshot,
-    TextValue,
     TsDeltas,
     UuidValue,
-    VersionInfo,
 )
-from walbd.protocol.control import Shutdown as ShutdownRequest
 from walbd.storage import queries
 from walbd.storage.backup import begin_full_backup
 from walbd.storage.config import StorageConfig
@@ -85,7 +77,6 @@ from walbd.storage.worker import Worker
 
 log = structlog.get_logger()
 
-LOCK_NAME: Final = ".lock"
 _SWEEP_S: Final = 10.0
 _FORCE_WAIT_S: Final = 2.0
 
@@ -99,7 +90,6 @@ class StorageServer:
         self.config = config
         self.volumes: dict[str, Volume] = {}
         self._env = env
-        self._shutdown = shutdown
         me = identity(config, Kind.STORAGE)
         self.scheduler: Scheduler[str] = Scheduler(
             self._work,
@@ -128,7 +118,10 @@ class StorageServer:
             on_return=self._proxy_returned,
         )
         self.lag = Lag(self.shared, lambda: list(self.volumes.values()))
-        self.server = Server(env, me, self._handlers(), connections_max=config.connections_max)
+        common = CommonRequests(me, self.jobs, self.volumes, shutdown, lambda: self.server.stats)
+        self.server = Server(
+            env, me, {**common.handlers(), **self._handlers()}, connections_max=config.connections_max
+        )
         self._worker = Worker(self.proxies)
         self._background: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
@@ -141,9 +134,9 @@ class StorageServer:
         Raises Busy when another daemon uses the directory, ConnectError when the port is taken.
         """
         base, fs = Path(self.config.base_dir), self._env.fs
-        lock = await self._env.pools.run(Pool.RECORD, _lock_base, fs, base)
+        lock = await self._env.pools.run(Pool.RECORD, partial(lock_base, fs, base, create=True))
         try:
-            for name in await self._env.pools.run(Pool.RECORD, _volume_names, fs, base):
+            for name in await self._env.pools.run(Pool.RECORD, volume_names, fs, base):
                 volume = Volume(name, self.shared)
                 if await volume.load():
                     self.volumes[name] = volume
@@ -180,6 +173,7 @@ class StorageServer:
     async def stop(self, mode: ShutdownMode) -> None:
         """End in an orderly way. Graceful: jobs and transfers that run end first; nothing new begins."""
         if mode is ShutdownMode.GRACEFUL:
+            self.jobs.close()
             await self.server.stop(force=False)
             self.scheduler.drain()
             await self.jobs.idle()
@@ -231,30 +225,22 @@ class StorageServer:
             ClearVol: self._clear_vol,
             FullBackup: self._full_backup,
             GetActions: self._get_actions,
-            GetHandlerStat: self._get_handler_stat,
-            GetHostType: self._get_host_type,
             GetIsOverflow: self._get_is_overflow,
-            GetJobs: self._get_jobs,
             GetLatestSnap: self._get_latest_snap,
             GetLogUsage: self._get_log_usage,
             GetNumAction: self._get_num_action,
-            GetPid: self._get_pid,
-            GetState: self._get_state,
             GetStatus: self._get_status,
             GetTsDelta: self._get_ts_delta,
             GetUuid: self._get_uuid,
-            GetVersion: self._get_version,
             GetVolumes: self._get_volumes,
             Kick: self._kick,
             ResetVol: self._reset_vol,
             Resize: self._resize,
             SetFullScanBps: self._set_full_scan_bps,
-            ShutdownRequest: self._stop_daemon,
             Start: self._start,
             Stop: self._stop,
             StorageInitVol: self._init_vol,
             TakeSnapshot: self._snapshot,
-            WaitJob: self._wait_job,
         }
         return handlers
 
@@ -340,26 +326,10 @@ class StorageServer:
         log.info("scan_limit.set", bytes_per_s=request.bytes_per_s)
         return Ok()
 
-    async def _stop_daemon(self, _conn: Connection, request: ShutdownRequest) -> Ok:
-        self._shutdown.request(ShutdownMode(request.how))
-        return Ok()
-
     # queries
-
-    async def _get_state(self, _conn: Connection, request: GetState) -> TextValue:
-        return TextValue(value=self._find(request.volume).machine.shown)
-
-    async def _get_host_type(self, _conn: Connection, _request: GetHostType) -> HostType:
-        return HostType(kind=Kind.STORAGE)
-
-    async def _get_version(self, _conn: Connection, _request: GetVersion) -> VersionInfo:
-        return queries.version()
 
     async def _get_volumes(self, _conn: Connection, _request: GetVolumes) -> Names:
         return Names(names=sorted(name for name, volume in self.volumes.items() if volume.known))
-
-    async def _get_pid(self, _conn: Connection, _request: GetPid) -> IntValue:
-        return IntValue(value=os.getpid())
 
     async def _get_is_overflow(self, _conn: Connection, request: GetIsOverflow) -> BoolValue:
         return BoolValue(value=await queries.is_overflow(self._find(request.volume)))
@@ -386,47 +356,9 @@ class StorageServer:
         return IntValue(value=queries.num_action(self._find(request.volume), request.action))
 
     async def _get_actions(self, _conn: Connection, _request: GetActions) -> Actions:
-        return queries.actions(self._selected(""))
-
-    async def _get_handler_stat(self, _conn: Connection, _request: GetHandlerStat) -> RequestStats:
-        rows = [
-            (tag, node, stat.count, stat.elapsed_s / stat.count)
-            for (tag, node), stat in sorted(self.server.stats.items())
-        ]
-        return RequestStats(rows=rows)
-
-    async def _get_jobs(self, _conn: Connection, request: GetJobs) -> JobList:
-        return JobList(jobs=[job.info() for job in self.jobs.of(request.volume)])
-
-    async def _wait_job(self, _conn: Connection, request: WaitJob) -> JobInfo:
-        return await self.jobs.wait(request.job, request.wait_s)
+        return begun_actions(self.volumes)
 
     async def _get_status(self, _conn: Connection, request: GetStatus) -> StatusReply:
         everything = self._selected("")
         selected = self._selected(request.volume)
         return await queries.status(self.shared, self.proxies, selected, everything)
-
-
-def _lock_base(fs: FileSystem, base: Path) -> File:
-    """Make the base directory if it is missing, and hold it for this process."""
-    if not fs.is_dir(base):
-        fs.make_dir(base)
-    path = base / LOCK_NAME
-    try:
-        fs.open(path, create=True).close()
-    except AlreadyExists:
-        pass
-    return fs.open(path, write=True, lock=True)
-
-
-def _volume_names(fs: FileSystem, base: Path) -> list[str]:
-    """Return the names of the directories that can be volumes."""
-    found = []
-    for name in fs.list_names(base):
-        try:
-            volume_name(name)
-        except UsageError:
-            continue
-        if fs.is_dir(base / name):
-            found.append(name)
-    return found

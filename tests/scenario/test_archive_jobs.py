@@ -363,7 +363,7 @@ async def test_clear_and_reset(feed: Feed, tmp_path: Path) -> None:
     assert await feed.check() == [0, 1]
     await feed.rig.stopped(VOL)
     await feed.rig.call(c.ClearVol(volume=VOL))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["archive.lock"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
     assert await feed.rig.state(VOL) == "Clear"
     assert await code_of(feed, c.ClearVol(volume=VOL)) == "bad-state"
     await feed.init()
@@ -413,7 +413,7 @@ async def test_shutdown_request_is_answered(feed: Feed, how: c.ShutdownHow) -> N
 
 async def test_directory_of_another_archive(feed: Feed, tmp_path: Path) -> None:
     other = ArchiveRig(tmp_path)
-    with pytest.raises(Busy, match="another archive"):
+    with pytest.raises(Busy, match="another daemon"):
         await other.up()
     other.env.pools.close()
     missing = ArchiveRig(tmp_path / "nowhere")

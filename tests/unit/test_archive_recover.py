@@ -86,7 +86,7 @@ async def test_unfinished_files_are_removed(feed: Feed, tmp_path: Path) -> None:
     (tmp_path / "half-made").mkdir()
     (tmp_path / "half-made" / "tmpxyz").write_bytes(b"x")
     await feed.rig.up()
-    assert sorted(os.listdir(tmp_path)) == ["archive.lock", VOL]
+    assert sorted(os.listdir(tmp_path)) == [".lock", VOL]
     assert not [name for name in contents(tmp_path / VOL) if "tmp" in name]
     assert await feed.check() == [0, 1, 2, 3]
 

@@ -227,7 +227,7 @@ async def test_unknown_volumes_are_refused_and_stay_unknown(tmp_path: Path) -> N
             if command is not Command.INIT_VOL:
                 assert await refusal(rig, request) == "bad-state", command
         assert rig.server.volumes == {}
-        assert contents(tmp_path) == {"archive.lock": b""}
+        assert contents(tmp_path) == {".lock": b""}
 
 
 async def test_refusals_have_a_hint(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ class Jobs:
         self._jobs: OrderedDict[int, Job] = OrderedDict()
         self._next = 1
         self._changed = Signal()
+        self._closing = False
 
     def start(
         self,
@@ -115,14 +116,19 @@ class Jobs:
         return [job for job in self._jobs.values() if not volume or job.volume == volume]
 
     async def wait(self, number: int, wait_s: float) -> JobInfo:
-        """Return a job's state when it has ended, or after `wait_s`."""
+        """Return a job's state when it has ended, after `wait_s`, or when the daemon ends (`close`)."""
         job = self.get(number)
         try:
             async with asyncio.timeout(wait_s):
-                await self._changed.wait_for(lambda: not job.running)
+                await self._changed.wait_for(lambda: self._closing or not job.running)
         except TimeoutError:
             pass
         return job.info()
+
+    def close(self) -> None:
+        """The daemon ends: nobody who waits for a job keeps it from that."""
+        self._closing = True
+        self._changed.set()
 
     async def idle(self) -> None:
         """Return when no job is running."""
