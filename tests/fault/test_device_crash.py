@@ -42,20 +42,28 @@ class Promises:
     size_lb: int = 0
     oldest: int = 0
 
-    def prefixes(self) -> list[bytes]:
-        """Return the states that the first 0, 1, ... requests leave."""
+    def prefixes(self, record_max_lb: int) -> list[tuple[int, bytes]]:
+        """Return (n, state) after each record, in order: so many requests are complete, this is the volume.
+
+        A request is applied record by record; only discards are one record whatever their size.
+        """
         size_b = max([len(self.base), *((op.offset_lb + op.size_lb) * LB for op in self.ops)])
         image = bytearray(self.base.ljust(size_b, b"\0"))
-        states = [bytes(image)]
-        for op in self.ops:
-            op.apply(image)
-            states.append(bytes(image))
+        states = [(0, bytes(image))]
+        for n, op in enumerate(self.ops):
+            is_discard = op.kind is Command.TRIM or not (op.data or op.flags & CommandFlag.NO_HOLE)
+            step = op.size_lb if is_discard else record_max_lb
+            for at in range(0, op.size_lb, step):
+                size_lb = min(step, op.size_lb - at)
+                piece = Op(op.kind, op.offset_lb + at, size_lb, op.data[at * LB : (at + size_lb) * LB])
+                piece.apply(image)
+                states.append((n + (at + size_lb == op.size_lb), bytes(image)))
         return states
 
 
 def random_op(rng: random.Random, size_lb: int, record_max_lb: int) -> Op:
-    n = rng.choice([1, 1, 2, 7, 8, 8, 9, 16, rng.randint(1, record_max_lb)])
-    n = min(n, record_max_lb)  # one record: a request is applied whole or not at all
+    n = rng.choice([1, 1, 2, 7, 8, 8, 9, 16, rng.randint(1, 3 * record_max_lb)])  # some are several records
+    n = min(n, size_lb)
     offset = rng.randrange(size_lb - n + 1)
     flags = CommandFlag.FUA if rng.random() < 0.1 else 0
     kind = rng.random()
@@ -134,11 +142,7 @@ async def life(disk: SimDisk, promises: Promises, rng: random.Random, record_max
         await work(engine, Client(engine), promises, rng, record_max_lb)
 
 
-def padded(image: bytes, size_b: int) -> bytes:
-    return image.ljust(size_b, b"\0")
-
-
-def check(disk: SimDisk, promises: Promises, rng: random.Random) -> Promises:
+def check(disk: SimDisk, promises: Promises, rng: random.Random, record_max_lb: int) -> Promises:
     """Redo on the disk, without crashes, and compare with what was promised; return the new state of affairs."""
     image: list[bytes] = []
     ends: list[tuple[bytes, int, int]] = []
@@ -159,8 +163,8 @@ def check(disk: SimDisk, promises: Promises, rng: random.Random) -> Promises:
         assert end >= promises.permanent, "permanent log was lost"
         assert oldest >= promises.oldest, "set-oldest was not durable"
     size_b = len(image[0])
-    states = [padded(state, size_b)[:size_b] for state in promises.prefixes()]
-    survivors = [i for i, state in enumerate(states) if state == image[0]]
+    states = promises.prefixes(record_max_lb)
+    survivors = [n for n, state in states if state.ljust(size_b, b"\0")[:size_b] == image[0]]
     assert survivors, "the volume is in a state that no prefix of the requests leaves"
     assert survivors[-1] >= promises.durable, "a durable request was lost"
     return Promises(bytearray(image[0]), uuid=uuid, permanent=end, oldest=oldest, size_lb=size_b // LB)
@@ -180,14 +184,14 @@ def test_crashes_lose_nothing_that_was_promised(pbs: int, piece_b: int, seed: in
     for cycle in range(6):
         disk.crash_at = disk.ops + rng.choice([rng.randint(1, 12), rng.randint(1, 60), rng.randint(1, 300)])
         try:
-            run(life(disk, promises, rng, min(record_max_lb, 40)))
+            run(life(disk, promises, rng, record_max_lb))
         except* DiskFailed:
             pass  # it died at the start
         assert disk.crashed, f"cycle {cycle} ended without a crash"
         disk = disk.crash(rng)
         while rng.random() < 0.4:
             disk = crash_at_start(disk, rng)
-        promises = check(disk, promises, rng)
+        promises = check(disk, promises, rng, record_max_lb)
         disk = disk.restart()
 
 
@@ -224,7 +228,7 @@ def test_an_error_without_a_crash_loses_nothing_that_was_answered(seed: int) -> 
             assert answered[-1] <= refused[0] or any(promises.ops[i].flags & 1 for i in refused)
         plain = [i + 1 for i, op in enumerate(promises.ops) if op.result == 0 and not op.flags & 1]
         promises.durable = max([promises.durable, *plain])
-        check(disk.restart(), promises, rng)
+        check(disk.restart(), promises, rng, 16)
 
 
 def test_no_write_from_before_a_crash_comes_back() -> None:
