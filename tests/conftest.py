@@ -1,7 +1,46 @@
 """What holds for every test."""
 
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pytest
+import structlog
 from hypothesis import settings
 
 # A deadline for single examples would make a busy machine fail tests.
 settings.register_profile("walbd", deadline=None)
 settings.load_profile("walbd")
+
+LOG = pytest.StashKey[io.StringIO]()
+
+
+@pytest.fixture(autouse=True)
+def _log(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keep what is logged in this process apart from what a command prints; a failed test shows it."""
+    text = request.node.stash[LOG] = io.StringIO()
+    structlog.reset_defaults()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["level", "event"]),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(text),
+        cache_logger_on_first_use=False,
+    )
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Iterator[None]:  # the report passes through
+    report: pytest.TestReport = yield  # type: ignore[assignment]
+    text = item.stash.get(LOG, None)
+    if report.failed and text is not None and text.getvalue():
+        report.sections.append(("walbd log", text.getvalue()[-20000:]))
+    return report  # type: ignore[return-value]

@@ -90,8 +90,10 @@ async def supervise(daemon: Daemon, shutdown: Shutdown, ready: Callable[[], None
             forced = asyncio.ensure_future(shutdown.forced())
             await asyncio.wait({stop, forced}, return_when=asyncio.FIRST_COMPLETED)
             forced.cancel()
-            if not stop.done():
-                await daemon.stop(ShutdownMode.FORCE)
+            if not stop.done():  # it may wait for somebody who never answers
+                stop.cancel()
+                await asyncio.wait({stop})
+                stop = asyncio.ensure_future(daemon.stop(ShutdownMode.FORCE))
         await stop
         raise _Done
 

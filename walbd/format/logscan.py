@@ -184,6 +184,8 @@ class LogScanner:
                 self._drop(found.consumed_b, found.lsid)
             if self.torn is not None:
                 self.lsid = self.torn.lsid_end
+            elif found.stop is Stop.BAD_DATA:
+                self.lsid = pack_lsid  # some of it was handed out, but it is no part of the log
             if found.stop is not Stop.MORE or not (more or found.consumed_b):
                 return
             if found.need_b > len(self._buffer):
