@@ -91,7 +91,7 @@ def find_headers(buf: Buf, pbs: int, salt: int) -> list[tuple[int, int]]:
     """
 
 def find_claims(buf: Buf, pbs: int, lsid: int) -> list[int]:
-    """Return the index of every PB in `buf` that claims to be the header of its place; the first is that of `lsid`.
+    """Return the index of every PB in `buf`, beginning at `lsid`, that claims to be the header of its place.
 
     Type and lsid decide; the rest of the block may be anything. Runs without the GIL.
     """
