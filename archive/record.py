@@ -11,6 +11,7 @@ import msgspec
 from walbd.archive.states import State
 from walbd.format.meta import NO_BASE, BaseState
 from walbd.ids import NIL_UUID
+from walbd.protocol.maintenance import Gap, Hold, ReplicaPosition
 
 
 class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,3 +24,6 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     archive_uuid: str = NIL_UUID.hex()  # of the lineage of images: equal at replicas
     colds: dict[str, int] = {}  # time of each cold image [unix s] by its gid
     began: dict[str, int] = {}  # when an action last began [unix s], by name
+    gaps: tuple[Gap, ...] = ()  # intervals without restore points, oldest first; only the last may be open
+    holds: tuple[Hold, ...] = ()  # by generation
+    replicas: tuple[ReplicaPosition, ...] = ()  # destinations of replications, by node

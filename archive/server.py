@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,12 @@ from walbd.archive.slots import Slots
 from walbd.archive.states import APPLY, RESTORE, Command
 from walbd.archive.status import volume_status
 from walbd.archive.volume import Place, Volume
+from walbd.archive.work import Starter, accepted
 from walbd.daemon.basedir import lock_base, volume_names
 from walbd.daemon.common import CommonRequests, free_space, status_reply
 from walbd.daemon.conn import Connection
 from walbd.daemon.env import Env, Pool
-from walbd.daemon.jobs import Job, Jobs
+from walbd.daemon.jobs import Jobs
 from walbd.daemon.logs import error_fields
 from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
 from walbd.daemon.net import Address
@@ -45,8 +45,6 @@ from walbd.protocol.codec import Request
 from walbd.protocol.transfer import BackupDone, FullBackupOffer, WdiffOffer, WdiffVerdict
 
 log = structlog.get_logger()
-
-Work = Callable[[Job], Awaitable[dict[str, Fact] | None]]
 
 
 class ArchiveServer:
@@ -67,13 +65,13 @@ class ArchiveServer:
         self._wdiffs = Slots(config.wdiffs_max)
         self._backups = Slots(config.backups_max)
         self._maintenance = Slots(config.maintain_max)
+        self._starter = Starter(self.jobs, self._maintenance, env.clock)
         self._me = identity(config, Kind.ARCHIVE)
         common = CommonRequests(self._me, self.jobs, self.volumes, shutdown, lambda: self._server.stats)
         self._server = Server(
             env, self._me, {**common.handlers(), **self._handlers()}, connections_max=config.connections_max
         )
         self._lock: File | None = None
-        self._tasks: asyncio.TaskGroup | None = None
 
     @property
     def addresses(self) -> list[Address]:
@@ -82,7 +80,7 @@ class ArchiveServer:
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Load all volumes, repair what a crash left, and listen. Raises NotFound, Busy or ConnectError."""
-        self._tasks = tasks
+        self._starter.tasks = tasks
         pools, fs, base = self._env.pools, self._env.fs, self._base_dir
         self._lock = await pools.run(Pool.RECORD, partial(lock_base, fs, base, create=False))
         try:
@@ -126,32 +124,6 @@ class ArchiveServer:
         self.volumes[name] = volume
         for remark in volume.remarks:
             log.warning("volume.remark", volume=name, remark=remark)
-
-    # --- jobs
-
-    def _start_job(self, name: str, volume: Volume, action: str, work: Work) -> JobAccepted:
-        """Begin long work under an action, which excludes others from now on, even while the work waits."""
-        stack = ExitStack()
-        stack.enter_context(volume.machine.action(action, self._env.clock.now()))
-
-        async def run(job: Job) -> dict[str, Fact] | None:
-            with self._maintenance.turn() as turn:
-                job.begin("waiting")
-                async with volume.giving_up():
-                    await turn.comes()
-                return await work(job)
-
-        return self._accept(name, volume, stack, run)
-
-    def _accept(self, name: str, volume: Volume, held: ExitStack, work: Work) -> JobAccepted:
-        """Start a job that lets go of `held` at its end."""
-        assert self._tasks is not None
-
-        async def run(job: Job) -> dict[str, Fact] | None:
-            with held:
-                return await work(job)
-
-        return JobAccepted(job=self.jobs.start(self._tasks, name, volume.name, run).number)
 
     # --- requests
 
@@ -199,12 +171,15 @@ class ArchiveServer:
         volume = known(self.volumes, request.volume, Command.STOP)
         stack = ExitStack()
         stack.enter_context(volume.machine.stop_flag(StopMode(str(request.how))))
-        return self._accept("stop", volume, stack, lambda job: lifecycle.stop(volume, job))
+        return accepted(self._starter.holding("stop", volume, stack, lambda job: lifecycle.stop(volume, job)))
 
     async def _restore(self, _conn: Connection, request: c.Restore) -> JobAccepted:
         volume = known(self.volumes, request.volume, Command.RESTORE)
         check_restore(volume, request.gid)
-        return self._start_job("restore", volume, RESTORE, lambda job: run_restore(volume, request.gid, job))
+        job = self._starter.under_action(
+            "restore", volume, RESTORE, lambda job: run_restore(volume, request.gid, job)
+        )
+        return accepted(job)
 
     async def _del_restored(self, _conn: Connection, request: c.DelRestored) -> Ok:
         volume = known(self.volumes, request.volume, Command.DEL_RESTORED)
@@ -217,7 +192,8 @@ class ArchiveServer:
     async def _apply(self, _conn: Connection, request: c.Apply) -> JobAccepted:
         volume = known(self.volumes, request.volume, Command.APPLY)
         plan_apply(volume, request.gid)
-        return self._start_job("apply", volume, APPLY, lambda job: run_apply(volume, request.gid, job))
+        job = self._starter.under_action("apply", volume, APPLY, lambda job: run_apply(volume, request.gid, job))
+        return accepted(job)
 
     async def _gc_diff(self, _conn: Connection, request: c.GcDiff) -> c.Kicked:
         volume = known(self.volumes, request.volume, Command.GC_DIFF)

@@ -1,0 +1,57 @@
+"""Starting long work of an archive: as a job, under an action, in its turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+
+from walbd.archive.slots import Slots
+from walbd.archive.volume import Volume
+from walbd.daemon.env import Clock
+from walbd.daemon.jobs import Job, Jobs
+from walbd.protocol.base import Fact, JobAccepted
+
+Work = Callable[[Job], Awaitable[dict[str, Fact] | None]]
+
+
+class Starter:
+    """Starts the jobs of one archive. `slots` bounds how many run at the same time; more wait in order."""
+
+    def __init__(self, jobs: Jobs, slots: Slots, clock: Clock) -> None:
+        self.jobs = jobs
+        self.slots = slots
+        self.tasks: asyncio.TaskGroup | None = None  # while the daemon runs
+        self._clock = clock
+
+    def under_action(self, name: str, volume: Volume, action: str, work: Work) -> Job:
+        """Begin work under an action, which excludes others from now on, even while the work waits.
+
+        The caller has checked that the action is allowed, and awaited nothing since.
+        """
+        stack = ExitStack()
+        stack.enter_context(volume.machine.action(action, self._clock.now()))
+
+        async def run(job: Job) -> dict[str, Fact] | None:
+            with self.slots.turn() as turn:
+                job.begin("waiting")
+                async with volume.giving_up():
+                    await turn.comes()
+                return await work(job)
+
+        return self.holding(name, volume, stack, run)
+
+    def holding(self, name: str, volume: Volume, held: ExitStack, work: Work) -> Job:
+        """Begin work that lets go of `held` at its end."""
+        assert self.tasks is not None
+
+        async def run(job: Job) -> dict[str, Fact] | None:
+            with held:
+                return await work(job)
+
+        return self.jobs.start(self.tasks, name, volume.name, run)
+
+
+def accepted(job: Job) -> JobAccepted:
+    """Tell of a job that was started."""
+    return JobAccepted(job=job.number)
