@@ -648,6 +648,8 @@ class VolumeStatus(msgspec.Struct, frozen=True, kw_only=True):
     restored: list[int] = []
     hops: list[HopStatus] = []
     error: str = ""
+    lost: str = ""  # storage: why the log does not continue what was delivered: a code, or nothing
+    log_uuid: str = ""  # storage: of the device's log as it is; `uuid` is that of the history
 
 
 @message("status")

@@ -151,6 +151,7 @@ class Queries:
             "receives_max": config.receives_max,
             "sends_max": config.sends_max,
             "connections_max": config.connections_max,
+            "free_reserve_b": config.free_reserve_b,
             "receiving": self._receiver.running,
             "sending": sum(volume.machine.running(WDIFF_SEND) for volume in self._volumes.values()),
             "wdiffs_b": sum(waiting(volume)[1] for volume in self._volumes.values()),

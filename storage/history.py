@@ -50,6 +50,15 @@ def problem_of(record: VolumeRecord, sample: LsidSample) -> str:
     return ""
 
 
+def lost_code(record: VolumeRecord, sample: LsidSample) -> str:
+    """Return the code of what `check_history` raises, or nothing."""
+    try:
+        check_history(record, sample)
+    except (WlogOverflow, HistoryBroken) as exc:
+        return exc.code
+    return ""
+
+
 def lag_lb(done: LogPoint, info: DeviceInfo) -> int:
     """Return how much log was written and not delivered yet [logical block]."""
     return max(0, info.lsids.latest - done.lsid) * info.pbs // 512

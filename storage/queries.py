@@ -18,7 +18,7 @@ from walbd.protocol.control import (
     VolumeStatus,
 )
 from walbd.storage.device.interface import DeviceInfo
-from walbd.storage.history import lag_lb, problem_of
+from walbd.storage.history import lag_lb, lost_code, problem_of
 from walbd.storage.proxies import Proxies
 from walbd.storage.shared import Shared
 from walbd.storage.states import TABLE, Command, State
@@ -149,4 +149,6 @@ async def volume_status(volume: Volume) -> VolumeStatus:
         latest_gid=0 if newest.is_none else newest.gid,
         latest_time=newest.timestamp,
         error=error or volume.send_error,
+        lost=lost_code(record, info.lsids) if info and in_history else "",
+        log_uuid=info.lsids.uuid.hex() if info else "",
     )
