@@ -20,12 +20,12 @@ import xxhash
 
 from walbd.archive.diffs import remove_all_diffs
 from walbd.archive.images.store import PreparedImage
-from walbd.archive.pipeline import Pipeline, SyncTimer
 from walbd.archive.slots import Slots
 from walbd.archive.states import Command
 from walbd.archive.volume import Volume, check_room
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
+from walbd.daemon.pipeline import Pipeline, SyncTimer
 from walbd.daemon.states import Step
 from walbd.daemon.tasks import uninterrupted
 from walbd.errors import Busy, CorruptData, Refused, RemoteProtocolError, UsageError

@@ -14,12 +14,12 @@ from typing import Final
 
 import structlog
 
-from walbd.archive.pipeline import Pipeline, SyncTimer
 from walbd.archive.slots import Slots
 from walbd.archive.states import FULL_SYNC, HASH_SYNC, START, WDIFF_RECV, Command, State
 from walbd.archive.volume import Place, Volume, check_room
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
+from walbd.daemon.pipeline import Pipeline, SyncTimer
 from walbd.daemon.tasks import uninterrupted
 from walbd.errors import AlreadyExists, CorruptData, Refused
 from walbd.format.meta import Diff, Relation, diff_name, relation, trim

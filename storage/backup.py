@@ -8,28 +8,24 @@ snapshot at the end. The logs make it clean at the archive. Source: docs/storage
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Final
 
 import structlog
-import xxhash
 
 from walbd.daemon.conn import Connection, dial, with_filler
-from walbd.daemon.env import Pool
+from walbd.daemon.copying import ImageSource
+from walbd.daemon.full_copy import send_full
 from walbd.daemon.jobs import Job
 from walbd.daemon.states import Step
-from walbd.errors import ConnectError, DiskFailed, RemoteError, TimedOut, WalbError
+from walbd.errors import ConnectError, RemoteError, TimedOut, WalbError
 from walbd.ext.buffers import Buf
-from walbd.ext.checksum import is_zero
 from walbd.format.meta import Snapshot
 from walbd.fs import failpoints
 from walbd.ids import Gid
-from walbd.protocol.base import End, Fact, Filler, Ok
+from walbd.protocol.base import Fact, Ok
 from walbd.protocol.transfer import BackupEnd, FullBackupOffer, FullChunk, LogReset, Packing
 from walbd.storage.device.interface import DataReader
-from walbd.storage.flow import in_order
-from walbd.storage.logread import pack_bytes
 from walbd.storage.pace import Pace
 from walbd.storage.shared import hit
 from walbd.storage.states import Command, State
@@ -144,7 +140,6 @@ class FullBackup:
             await self._copy(job, reader)
         finally:
             await reader.close()
-        await conn.send(End())
         await conn.expect(Ok)
 
         job.begin("finishing")
@@ -163,107 +158,14 @@ class FullBackup:
         }
 
     async def _copy(self, job: Job, reader: DataReader) -> None:
-        """Send the whole volume in order. Reading and packing go on while chunks are being sent."""
-        granule_b = granule_of(self._bulk_b)
-        packing = Packing(self._volume.shared.config.backup_packing)
-        piece_b = max(PIECE_B // granule_b, 1) * granule_b
-        pieces = ((at, min(piece_b, self._size_b - at)) for at in range(0, self._size_b, piece_b))
-        pools = self._volume.shared.env.pools
-        pace = Pace(self._volume.shared.scan_limit)
-        zeros = Zeros()
+        """Send the whole volume in order."""
+        shared = self._volume.shared
 
-        async def read(piece: tuple[int, int]) -> list[Chunk]:
-            offset_b, size_b = piece
-            data = await reader.read(offset_b, size_b)
-            if len(data) != size_b:
-                raise DiskFailed("the volume ended before its size", offset=offset_b, size_b=size_b)
-            return await pools.run(Pool.SEND, cut_piece, data, offset_b, granule_b, packing)
+        def tick(done_b: int) -> None:
+            if self._volume.lost is not None:
+                raise self._volume.lost
+            job.progress(done_b)
 
-        done_b = 0
-        async with in_order(pieces, read, depth=PIECES_AHEAD) as cut:
-            async for chunks in cut:
-                if self._volume.lost is not None:
-                    raise self._volume.lost
-                for chunk in chunks:
-                    for ready in zeros.join(*chunk):
-                        await self._send(*ready)
-                if self._is_silent():
-                    for ready in zeros.flush():
-                        await self._send(*ready)
-                size_b = min(piece_b, self._size_b - done_b)
-                done_b += size_b
-                job.progress(done_b)
-                await pace.spend(size_b, self._keep_alive)
-        for ready in zeros.flush():
-            await self._send(*ready)
-
-    async def _send(self, chunk: FullChunk, payload: Buf) -> None:
-        if len(payload):
-            await self._conn.send(chunk, payload)
-        else:
-            await self._conn.send(chunk)
-        self._sent_at = self._loop.time()
-        self._wire_b += len(payload)
-
-    def _is_silent(self) -> bool:
-        return self._loop.time() - self._sent_at > self._conn.io_timeout_s / 4
-
-    async def _keep_alive(self) -> None:
-        """While the scan is held back, tell the archive now and then that we are still there."""
-        if self._is_silent():
-            await self._conn.send(Filler())
-            self._sent_at = self._loop.time()
-
-
-class Zeros:
-    """Joins the zero chunks that follow one another, so that an empty volume costs few messages."""
-
-    def __init__(self) -> None:
-        self._run: FullChunk | None = None
-
-    def join(self, chunk: FullChunk, payload: Buf) -> Iterator[Chunk]:
-        """Take the next chunk; yield what can be sent now, in order. No payload: zeros."""
-        run = self._run
-        if len(payload):
-            yield from self.flush()
-            yield chunk, payload
-        elif run is not None and run.size_b + chunk.size_b <= ZEROS_MAX_B:
-            self._run = FullChunk(offset_b=run.offset_b, size_b=run.size_b + chunk.size_b)
-        else:
-            yield from self.flush()
-            self._run = chunk
-
-    def flush(self) -> Iterator[Chunk]:
-        """Yield what is held back."""
-        run, self._run = self._run, None
-        if run is not None:
-            yield run, b""
-
-
-def granule_of(bulk_b: int) -> int:
-    """Return in which pieces zeros are looked for: whole bulks, and not many tiny ones."""
-    return -(-GRANULE_B // bulk_b) * bulk_b
-
-
-def cut_piece(data: memoryview, offset_b: int, granule_b: int, packing: Packing) -> list[Chunk]:
-    """Cut a piece of the volume into runs of zeros and runs of data, packed; runs in a thread."""
-    if is_zero(data):
-        return [(FullChunk(offset_b=offset_b, size_b=len(data)), b"")]
-    chunks: list[Chunk] = []
-    begin = 0
-    zero = is_zero(data[:granule_b])
-    for at in range(granule_b, len(data) + granule_b, granule_b):
-        zero_here = not zero if at >= len(data) else is_zero(data[at : at + granule_b])
-        if zero_here != zero:
-            end = min(at, len(data))
-            chunks.append(_chunk(data[begin:end], offset_b + begin, zero, packing))
-            begin, zero = end, zero_here
-    return chunks
-
-
-def _chunk(data: memoryview, offset_b: int, zero: bool, packing: Packing) -> Chunk:
-    if zero:
-        return FullChunk(offset_b=offset_b, size_b=len(data)), b""
-    kind, payload = pack_bytes(data, packing)
-    xxh = xxhash.xxh3_64_intdigest(data)
-    return FullChunk(offset_b=offset_b, size_b=len(data), packing=kind, xxh=xxh), payload
+        source = ImageSource(read=reader.read, size_b=self._size_b, tick=tick, spend=Pace(shared.scan_limit).spend)
+        packing = Packing(shared.config.backup_packing)
+        self._wire_b = await send_full(self._conn, shared.env.pools, source, bulk_b=self._bulk_b, packing=packing)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-import lz4.block
-
 from walbd.daemon.env import Pool, Pools
+from walbd.daemon.flow import in_order
+from walbd.daemon.packing import pack_bytes
 from walbd.errors import CorruptData, Refused
 from walbd.ext.buffers import Buf
 from walbd.ext.logpack import Stop, scan
@@ -21,7 +21,6 @@ from walbd.format.logpack import FAULT_TEXT
 from walbd.ids import Lsid
 from walbd.protocol.transfer import Packing
 from walbd.storage.device.interface import LogReader
-from walbd.storage.flow import in_order
 from walbd.units import MIB
 
 PIECE_B: Final = 2 * MIB
@@ -123,12 +122,3 @@ def _pack(source: LogSource, lsid: Lsid, held: Sequence[Buf]) -> tuple[PackRun |
     kind, payload = pack_bytes(view[: found.consumed_b], source.packing)
     run = PackRun(lsid, Lsid(found.lsid), found.consumed_b, kind, payload)
     return run, bytes(view[found.consumed_b :]), found.need_b
-
-
-def pack_bytes(data: memoryview, packing: Packing) -> tuple[Packing, Buf]:
-    """Return `data` as one lz4 block if that was asked for and is smaller, else as it is."""
-    if packing is Packing.LZ4:
-        packed: bytes = lz4.block.compress(data, store_size=False)
-        if len(packed) < len(data):
-            return Packing.LZ4, packed
-    return Packing.NONE, data

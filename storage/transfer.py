@@ -15,6 +15,7 @@ from typing import Final
 import structlog
 
 from walbd.daemon.conn import Connection, dial
+from walbd.daemon.flow import ahead
 from walbd.daemon.logs import error_fields
 from walbd.daemon.net import Address
 from walbd.errors import ConnectError, CorruptData, Refused, TimedOut, WalbError
@@ -24,7 +25,6 @@ from walbd.ids import Lsid
 from walbd.protocol.base import Kind
 from walbd.protocol.transfer import Packing, WlogChunk, WlogEnd, WlogOffer
 from walbd.storage.device.interface import Device, DeviceInfo
-from walbd.storage.flow import ahead
 from walbd.storage.logread import LogSource, pack_runs
 from walbd.storage.proxies import Proxies
 from walbd.storage.shared import Shared, hit

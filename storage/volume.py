@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from walbd.daemon.env import Pool
+from walbd.daemon.flow import cancel_all, unless
 from walbd.daemon.jobs import Job
 from walbd.daemon.logs import error_fields
 from walbd.daemon.record import RECORD_NAME
@@ -42,7 +43,6 @@ from walbd.fs import TMP_PREFIX, FileSystem, failpoints
 from walbd.ids import NO_GID
 from walbd.protocol.base import Fact
 from walbd.storage.device.interface import Device, DeviceInfo, LsidSample
-from walbd.storage.flow import cancel_all, unless
 from walbd.storage.history import check_history
 from walbd.storage.record import BAD_HEADER_PREFIX, VolumeRecord, load, save
 from walbd.storage.shared import Shared, hit

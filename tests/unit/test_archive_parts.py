@@ -9,11 +9,11 @@ import pytest
 
 from walbd.archive.config import ArchiveConfig
 from walbd.archive.images.file_store import FileStore
-from walbd.archive.pipeline import Pipeline, SyncTimer
 from walbd.archive.slots import Slots
 from walbd.archive.volume import Place, Volume
 from walbd.daemon.config import load
 from walbd.daemon.env import Env
+from walbd.daemon.pipeline import Pipeline, SyncTimer
 from walbd.daemon.states import StopMode
 from walbd.errors import ConfigError, DiskFailed, ForceStopped
 from walbd.units import GIB, MIB

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from tests.kit.fake_device import FakeDevice, FakeHandle, FakeLogReader
 from tests.kit.virtual import InlinePools, run
 from walbd.daemon.config import load as load_config
+from walbd.daemon.flow import ahead, in_order, unless
+from walbd.daemon.full_copy import Zeros, cut_piece, granule_of
 from walbd.errors import ConfigError, CorruptData, HistoryBroken, NotFound, Refused, WlogOverflow
 from walbd.format.meta import LogPoint
 from walbd.fs import OsFileSystem
 from walbd.ids import Gid, Lsid
 from walbd.protocol.transfer import FullChunk, Packing
 from walbd.storage import record as records
-from walbd.storage.backup import Zeros, cut_piece, granule_of
 from walbd.storage.config import StorageConfig
-from walbd.storage.flow import ahead, in_order, unless
 from walbd.storage.history import check_history
 from walbd.storage.logread import BadLog, LogSource, PackRun, pack_runs
 from walbd.storage.pace import Pace, SpeedLimit
