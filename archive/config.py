@@ -6,31 +6,73 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from walbd.daemon.config import Count, DaemonConfig, Size
-from walbd.errors import ConfigError
+from walbd.daemon.config import LIVE, Count, DaemonConfig, Size
+from walbd.errors import ConfigError, UsageError
+from walbd.format.compress import CompressOpt
 from walbd.units import GIB, LB, MIB
 
 
 class ArchiveConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an archive has beside the settings of all daemons."""
 
-    fsync_interval_b: Annotated[Size, Meta(description="sync a long copy each time so much was written")] = GIB
-    fsync_interval_s: Annotated[int, Meta(ge=1, le=3600, description="and at the latest after so long")] = 10
-    wdiffs_max: Annotated[Count, Meta(description="wdiffs received at the same time; more wait")] = 16
-    backups_max: Annotated[Count, Meta(description="full backups at the same time; more are refused")] = 8
-    maintain_max: Annotated[Count, Meta(description="restores and applies at the same time; more wait")] = 2
+    fsync_interval_b: Annotated[
+        Size, Meta(description="sync a long copy each time so much was written", extra=LIVE)
+    ] = GIB
+    fsync_interval_s: Annotated[
+        int, Meta(ge=1, le=3600, description="and at the latest after so long", extra=LIVE)
+    ] = 10
+    wdiffs_max: Annotated[Count, Meta(description="wdiffs received at the same time; more wait", extra=LIVE)] = 16
+    backups_max: Annotated[
+        Count, Meta(description="full backups at the same time; more are refused", extra=LIVE)
+    ] = 8
+    maintain_max: Annotated[
+        Count, Meta(description="applies, merges and scrubs at the same time; more wait", extra=LIVE)
+    ] = 2
+    restores_max: Annotated[Count, Meta(description="restores at the same time; more wait", extra=LIVE)] = 2
+    scans_max: Annotated[
+        Count, Meta(description="hashes and scans of images at the same time; more wait", extra=LIVE)
+    ] = 2
     free_reserve_b: Annotated[
-        Size, Meta(description="free space that backups, wdiffs and copies must leave on the disk")
+        Size, Meta(description="free space that backups, wdiffs and copies must leave on the disk", extra=LIVE)
     ] = 256 * MIB
     auto_resize: Annotated[
-        bool, Meta(description="grow the image when a wdiff comes from a larger device, instead of refusing it")
+        bool,
+        Meta(
+            description="grow the image when a wdiff comes from a larger device, instead of refusing it",
+            extra=LIVE,
+        ),
     ] = False
     open_files_max: Annotated[
-        int, Meta(ge=0, le=100_000, description="wdiffs that one apply or restore opens at once; 0: no limit")
+        int,
+        Meta(
+            ge=0,
+            le=100_000,
+            description="wdiffs that one apply or restore opens at once; 0: no limit",
+            extra=LIVE,
+        ),
     ] = 256
+    scan_files_max: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=100_000,
+            description="wdiffs that a hash or a scan of an image opens at once, as it cannot do so in parts; 0: no limit",
+            extra=LIVE,
+        ),
+    ] = 4096
+    merge_compress: Annotated[str, Meta(description="compression of merged wdiffs, KIND[:LEVEL]", extra=LIVE)] = (
+        "zstd:1"
+    )
+    keep_one_cold: Annotated[bool, Meta(description="keep only the newest cold image of a volume", extra=LIVE)] = (
+        False
+    )
 
     def check(self) -> None:
         """Raise ConfigError for settings that are wrong together."""
         super().check()
         if self.fsync_interval_b < LB:
             raise ConfigError("fsync_interval_b is too small", hint="give at least 1MiB")
+        try:
+            CompressOpt.parse(self.merge_compress)
+        except UsageError as exc:
+            raise ConfigError(f"merge_compress: {exc.message}", hint=exc.hint, value=self.merge_compress) from exc

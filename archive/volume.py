@@ -1,14 +1,15 @@
 """One volume at an archive: the owner of everything that is known of it.
 
-All of it lives on the event loop; methods that are not async are one step of it. There is one lock per volume,
-inside `save`, held while the record is replaced and never while waiting for a peer. Long work holds a step or an
-action of the machine instead (archive/states.py), and that keeps out what must not run beside it.
+All of it lives on the event loop; methods that are not async are one step of it. There are two locks per volume,
+never held while waiting for a peer: `naming`, while files of diffs get other names or go, and the one inside `save`,
+while the record is replaced. `naming` comes first. Long work holds a step or an action of the machine instead
+(archive/states.py), and that keeps out what must not run beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,12 @@ FP_AFTER_SAVE: Final = failpoints.register(
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Place:
     """What all volumes of one archive share."""
 
     env: Env
-    config: ArchiveConfig
+    config: ArchiveConfig  # what counts now: a reload replaces it
     images: ImageStore
     is_forced: Callable[[], bool] = lambda: False  # the daemon is being ended by force
 
@@ -68,6 +69,8 @@ class Volume:
         self.error: WalbError | None = None  # why it is Broken
         self.progress_lb = 0  # of a copy that is being received
         self.received = 0  # when data came last [unix s]
+        self.naming = asyncio.Lock()  # held while files of diffs are renamed or removed, with the collection
+        self.merging: Diff | None = None  # what a running merge makes: a snapshot inside it is about to vanish
         self._lock = asyncio.Lock()
         self._unsure = False  # a save failed: the disk may hold either record
         self._points: dict[bool, list[RestorePoint]] = {}
@@ -147,7 +150,16 @@ class Volume:
 
         Raises DiskFailed or DiskFull, and then the old record counts here, whatever the disk holds.
         """
-        await uninterrupted(self._save(changes))
+        await uninterrupted(self._save(lambda _: changes))
+
+    async def update(self, change: Callable[[VolumeRecord], dict[str, Any]]) -> None:
+        """Like `save`, for fields whose new value depends on the old: `change(record)` is called under the lock."""
+        await uninterrupted(self._save(change))
+
+    async def begin_action(self, name: str) -> None:
+        """Remember durably that an action begins now, so that a policy does not begin anew after a restart."""
+        now = self.place.env.clock.now()
+        await self.update(lambda record: {"began": record.began | {name: now}})
 
     async def commit(self, step: Step, **changes: Any) -> None:
         """End a step well: its target state, with other fields of the record, durable and then visible."""
@@ -158,9 +170,9 @@ class Volume:
         if self._unsure:
             await self.save()
 
-    async def _save(self, changes: dict[str, Any]) -> None:
+    async def _save(self, change: Callable[[VolumeRecord], dict[str, Any]]) -> None:
         async with self._lock:
-            record = msgspec.structs.replace(self.record, **changes)
+            record = msgspec.structs.replace(self.record, **change(self.record))
             path = self.directory / RECORD_NAME
             env = self.place.env
             try:
@@ -177,6 +189,17 @@ class Volume:
         after = apply(self.latest.begin, diff)
         self.diffs.add(diff)
         self.latest = BaseState(after, timestamp=diff.timestamp)
+        self._points.clear()
+
+    def replace_diffs(self, parts: Sequence[Diff], merged: Diff) -> None:
+        """Take a merged diff, whose file is durable, for its parts; their files are to be removed afterwards."""
+        self.diffs.add(merged)
+        self.diffs.erase_all(parts)
+        self._points.clear()
+
+    def relabel_diff(self, diff: Diff) -> None:
+        """Take new flags of a diff, whose file bears them already."""
+        self.diffs.replace(diff)
         self._points.clear()
 
     def drop_before(self, gid: int) -> list[Diff]:
@@ -237,15 +260,16 @@ class Volume:
             raise
 
 
-def check_room(place: Place) -> None:
-    """Raise DiskFull when the free space is below the reserve. Blocks."""
+def check_room(place: Place, *, need_b: int = 0) -> None:
+    """Raise DiskFull when the free space, less what is needed, is below the reserve. Blocks."""
     free_b = place.env.fs.free_b(place.base_dir)
-    if free_b < place.config.free_reserve_b:
+    if free_b - need_b < place.config.free_reserve_b:
         raise DiskFull(
             "the archive is short of space",
             hint="free space on its disk: apply old diffs, or delete restored images",
             path=str(place.base_dir),
             free_b=free_b,
+            need_b=need_b,
             reserve_b=place.config.free_reserve_b,
         )
 
