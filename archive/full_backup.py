@@ -12,50 +12,33 @@ writes over what is there.
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import structlog
-import xxhash
 
-from walbd.archive.diffs import remove_all_diffs
-from walbd.archive.images.store import PreparedImage
+from walbd.archive.image_receiver import ImageReceiver
 from walbd.archive.slots import Slots
 from walbd.archive.states import Command
-from walbd.archive.volume import Volume, check_room
+from walbd.archive.volume import Volume
 from walbd.daemon.conn import Connection, with_filler
-from walbd.daemon.env import Pool
-from walbd.daemon.pipeline import Pipeline, SyncTimer
 from walbd.daemon.states import Step
 from walbd.daemon.tasks import uninterrupted
-from walbd.errors import Busy, CorruptData, Refused, RemoteProtocolError, UsageError
-from walbd.format.compress import Kind as Compression
-from walbd.format.compress import decompress
+from walbd.errors import Busy, Refused, RemoteProtocolError, UsageError
 from walbd.format.meta import BaseState, full_backup_state
 from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.ids import NO_GID, new_uuid
-from walbd.protocol.base import End, Kind, Ok
+from walbd.protocol.base import Kind, Ok
 from walbd.protocol.transfer import (
     BackupAccepted,
     BackupDone,
     BackupEnd,
     FullBackupOffer,
-    FullChunk,
     LogReset,
-    Packing,
 )
-from walbd.units import KIB, LB, MIB
 
 log = structlog.get_logger()
 
-WINDOW_B: Final = 32 * MIB  # received and not yet written
-_CHUNK_COST_B: Final = 256 * KIB  # what each chunk counts beside its payload, so that zeros are bounded too
-
-FP_AFTER_PREPARE: Final = failpoints.register(
-    "archive.full.after_prepare", "SyncReady; the base image has its size and no known contents"
-)
-FP_MID_WRITE: Final = failpoints.register("archive.full.mid_write", "SyncReady; a part of the image is written")
 FP_BEFORE_COMMIT: Final = failpoints.register(
     "archive.full.before_commit", "the whole image is durable, but the volume is SyncReady: it must be sent again"
 )
@@ -76,7 +59,9 @@ async def receive_full_backup(
         await turn.comes()
         step = volume.enter(Command.FULL_BACKUP)
         try:
-            async with ImageReceiver(volume, conn, offer) as receiver:
+            async with ImageReceiver(
+                volume, conn, offer.size_lb, source=f"full backup from {conn.peer.node}"
+            ) as receiver:
                 async with volume.giving_up():
                     await volume.settle()
                     await with_filler(conn, receiver.prepare())
@@ -111,113 +96,3 @@ async def _commit(
     await volume.commit(step, size_lb=size_lb, base=base, uuid=uuid.hex(), archive_uuid=archive_uuid.hex())
     volume.reset_memory()
     volume.received = volume.place.env.clock.now()
-
-
-class ImageReceiver:
-    """Writes the chunks of a backup to the base image while the next ones come."""
-
-    def __init__(self, volume: Volume, conn: Connection, offer: FullBackupOffer) -> None:
-        self._volume = volume
-        self._conn = conn
-        self._size_b = offer.size_lb * LB
-        self._image: PreparedImage | None = None
-        self._source = f"full backup from {conn.peer.node}"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        if self._image is not None:
-            await self._volume.place.env.pools.run(Pool.RECEIVE, self._image.file.close)
-
-    async def prepare(self) -> None:
-        """Make room and an image to write to; raises DiskFull."""
-        await self._volume.place.env.pools.run(Pool.RECEIVE, self._prepare)
-
-    async def receive(self) -> None:
-        """Take all chunks, in order, up to the end of the stream; the image is durable on return."""
-        pools, config = self._volume.place.env.pools, self._volume.place.config
-        timer = SyncTimer(config.fsync_interval_b, config.fsync_interval_s)
-        at = 0
-        async with Pipeline(WINDOW_B) as pipeline:
-            while True:
-                message, payload = await self._conn.receive()
-                if isinstance(message, End) and not payload:
-                    break
-                if not isinstance(message, FullChunk):
-                    raise self._conn.unexpected(message, FullChunk, End)
-                self._check_place(message, at)
-                at += message.size_b
-                await pipeline.push(self._take(message, payload), len(payload) + _CHUNK_COST_B)
-                if timer.is_due(message.size_b):
-                    await pipeline.push(pools.run(Pool.RECEIVE, self._sync_some), 0)
-            if at != self._size_b:
-                raise RemoteProtocolError("the backup ends early", offset_b=at, size_b=self._size_b)
-            await with_filler(self._conn, pipeline.drain())
-        await with_filler(self._conn, pools.run(Pool.RECEIVE, self._sync))
-
-    def _check_place(self, chunk: FullChunk, at: int) -> None:
-        if chunk.offset_b != at or chunk.size_b == 0 or chunk.size_b % LB or at + chunk.size_b > self._size_b:
-            raise RemoteProtocolError(
-                "a chunk is not where it must be",
-                offset_b=chunk.offset_b,
-                expected_b=at,
-                chunk_b=chunk.size_b,
-                size_b=self._size_b,
-            )
-
-    async def _take(self, chunk: FullChunk, payload: memoryview) -> None:
-        await self._volume.place.env.pools.run(Pool.RECEIVE, self._write, chunk, payload)
-        self._volume.progress_lb = max(self._volume.progress_lb, (chunk.offset_b + chunk.size_b) // LB)
-
-    # in threads
-
-    def _prepare(self) -> None:
-        place, name = self._volume.place, self._volume.name
-        check_room(place)
-        remove_all_diffs(place.env.fs, self._volume.directory)
-        self._image = place.images.prepare_base(name, self._size_b)
-        with disk_errors(self._volume.directory, "prepare the image"):
-            failpoints.hit(FP_AFTER_PREPARE)
-
-    def _write(self, chunk: FullChunk, payload: memoryview) -> None:
-        assert self._image is not None
-        if not payload:
-            if not self._image.reads_zero:
-                self._image.file.zero(chunk.offset_b, chunk.size_b)
-            return
-        data = self._unpack(chunk, payload)
-        if xxhash.xxh3_64_intdigest(data) != chunk.xxh:
-            raise CorruptData(
-                "the checksum of a chunk does not match",
-                hint="the sender or the connection damaged the stream; run the backup again",
-                source=self._source,
-                offset=chunk.offset_b,
-            )
-        self._image.file.pwrite(data, chunk.offset_b)
-        with disk_errors(self._image.file.path, "write"):
-            failpoints.hit(FP_MID_WRITE)
-
-    def _unpack(self, chunk: FullChunk, payload: memoryview) -> bytes | memoryview:
-        if chunk.packing is Packing.LZ4:
-            return decompress(Compression.LZ4, payload, chunk.size_b, source=self._source, offset=chunk.offset_b)
-        if len(payload) != chunk.size_b:
-            raise CorruptData(
-                "a chunk has another size than announced",
-                hint="the sender made the stream wrongly",
-                source=self._source,
-                offset=chunk.offset_b,
-                size_b=len(payload),
-                expected_b=chunk.size_b,
-            )
-        return payload
-
-    def _sync_some(self) -> None:
-        check_room(self._volume.place)
-        self._sync()
-
-    def _sync(self) -> None:
-        assert self._image is not None
-        self._image.file.sync()

@@ -108,6 +108,9 @@ async def test_one_record_says_it_all(rig: ArchiveRig, tmp_path: Path) -> None:
         "archive_uuid": done.archive_uuid.hex(),
         "colds": {},
         "began": {},
+        "gaps": [],
+        "holds": [],
+        "replicas": [],
     }
 
 
