@@ -302,7 +302,7 @@ def test_is_synchronizing_mixed(big: FakeGroup) -> None:
             "get restorable vol0 all",
             "1 2027-01-15T08:00:01 0\n2 2027-01-15T08:00:02 1\n3 2027-01-15T08:00:03 1",
         ),
-        ("a0", "get num-diff vol0 0 2", "3"),
+        ("a0", "get num-diff vol0 0 2", "2"),
         ("a0", "get total-diff-size vol0", "12288"),
         ("a0", "get diff vol0", None),
         ("a0", "get base vol0", "<|0|>-20270115080000"),

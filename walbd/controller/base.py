@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
-from walbd.controller.client import DEFAULT_TIMEOUT_S, Calls, Client, identity, local_error
+from walbd.controller.client import DEFAULT_TIMEOUT_S, Calls, Client, Take, identity, local_error, patience_s
 from walbd.controller.commands import run_command
 from walbd.controller.constants import K_ARCHIVE, K_PROXY, K_STORAGE, STEP_TIMEOUT_SEC
 from walbd.controller.progress import Progress, ShowProgress, ignore_progress
@@ -111,10 +111,16 @@ class Base:
         return text
 
     def ask(self, s: Server, request: Request[R], timeoutS: float = 0) -> R:
-        """Make one request at a server."""
+        """Make one request at a server. `timeoutS` bounds its silence; 0: what is usual for such a request."""
         if self.isDebug:
             self.say(f"{s.name} <- {request}")
-        return self.calls.call(s, request, timeoutS or self.timeoutS)
+        return self.calls.call(s, request, timeoutS or self._patience(request))
+
+    def follow(self, s: Server, request: Request[R], take: Take) -> R:
+        """Make a request that a stream follows: `take` gets the reply, then each message and its payload."""
+        if self.isDebug:
+            self.say(f"{s.name} <- {request}")
+        return self.calls.stream(s, request, take, self._patience(request))
 
     def ask_each(
         self, sL: Iterable[Server], request: Request[R], timeoutS: float = 0
@@ -123,7 +129,7 @@ class Base:
         servers = list(sL)
         if self.isDebug:
             self.say(f"{', '.join(s.name for s in servers)} <- {request}")
-        replies = self.calls.call_each([(s, request) for s in servers], timeoutS or self.timeoutS)
+        replies = self.calls.call_each([(s, request) for s in servers], timeoutS or self._patience(request))
         return dict(zip(servers, cast("list[R | WalbError]", replies), strict=True))
 
     def ask_all(self, sL: Iterable[Server], request: Request[R]) -> dict[Server, R]:
@@ -262,7 +268,10 @@ class Base:
 
     def _look_at_job(self, s: Server, job: int, wait_s: float) -> JobInfo:
         """Return a job when it has ended, or after `wait_s`."""
-        return self.ask(s, WaitJob(job=job, wait_s=wait_s), wait_s + (self.timeoutS or DEFAULT_TIMEOUT_S))
+        return self.ask(s, WaitJob(job=job, wait_s=wait_s))
+
+    def _patience(self, request: Request[Any]) -> float:
+        return patience_s(request, self.timeoutS or DEFAULT_TIMEOUT_S)
 
     def _end_progress(self, shown: Progress | None) -> None:
         """Say that nothing is waited for any more, if something was shown and did not say so itself.

@@ -11,13 +11,14 @@ import asyncio
 import socket
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol, TypeVar
 
 from walbd.controller.constants import KIND_OF
 from walbd.controller.servers import Server, ServerConnectionParam, str_to_server_kind
-from walbd.daemon.conn import Me, dial
-from walbd.daemon.env import Env
+from walbd.daemon.conn import Connection, Me, dial
+from walbd.daemon.env import Env, Pool
 from walbd.daemon.net import Address
 from walbd.errors import (
     ConnectError,
@@ -29,14 +30,27 @@ from walbd.errors import (
     WalbError,
 )
 from walbd.ids import node_name
-from walbd.protocol.base import Kind
+from walbd.protocol.base import End, Kind, WaitJob
 from walbd.protocol.codec import Message, Request
-from walbd.protocol.control import GetHostType
+from walbd.protocol.control import ClearVol, FullBackup, GcDiff, GetHostType, HashBackup, ResetVol
+from walbd.protocol.maintenance import Replicate
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Message)
 
+Take = Callable[[Message, memoryview], None]  # one message of a stream, and its payload
+
 DEFAULT_TIMEOUT_S: Final = 10.0
+_AGREE_S: Final = 50.0  # for a server that must first agree with another one
+_REMOVE_S: Final = 90.0  # for one that removes many files
+_MORE_S: Final[dict[type[Request[Any]], float]] = {
+    FullBackup: _AGREE_S,
+    HashBackup: _AGREE_S,
+    Replicate: _AGREE_S,
+    ClearVol: _REMOVE_S,
+    ResetVol: _REMOVE_S,
+    GcDiff: _REMOVE_S,
+}
 _OWN_NAMES: Final = frozenset({"self", "message", "hint", "remote_code"})  # cannot be facts
 
 
@@ -53,6 +67,13 @@ class Calls(Protocol):
         self, calls: Sequence[tuple[Server, Request[Any]]], timeoutS: float = 0
     ) -> list[Message | WalbError]:
         """Make all requests at the same time; return each reply, or the error in its place."""
+
+    def stream(self, s: Server, request: Request[R], take: Take, timeoutS: float = 0) -> R:
+        """Make a request that a stream follows; `take` gets the reply, then each message up to End.
+
+        It is called in a thread of its own, one call at a time. Returns the reply when the stream is complete;
+        raises as `call` does, also in the middle of the stream.
+        """
 
     def sleep(self, seconds: float) -> None:
         """Wait."""
@@ -94,6 +115,19 @@ class Client:
 
         return self._run(all_of_them())
 
+    def stream(self, s: Server, request: Request[R], take: Take, timeoutS: float = 0) -> R:
+        async def follow() -> R:
+            async with self._connected(s) as conn:
+                reply = await conn.call(request, timeout_s=self._limit(request, timeoutS))
+                await self._env.pools.run(Pool.QUERY, take, reply, memoryview(b""))
+                while True:
+                    message, payload = await conn.receive(timeout_s=self._limit(request, timeoutS))
+                    if isinstance(message, End):
+                        return reply
+                    await self._env.pools.run(Pool.QUERY, take, message, payload)
+
+        return self._run(follow())
+
     def sleep(self, seconds: float) -> None:
         self._run(asyncio.sleep(seconds))
 
@@ -121,7 +155,15 @@ class Client:
             raise local_error(exc, f"{host}:{port}") from None
 
     async def _call(self, s: Server, request: Request[R], timeoutS: float) -> R:
-        limit_s = timeoutS or self._me.io_timeout_s
+        async with self._connected(s) as conn:
+            return await conn.call(request, timeout_s=self._limit(request, timeoutS))
+
+    def _limit(self, request: Request[Any], timeoutS: float) -> float:
+        return timeoutS or patience_s(request, self._me.io_timeout_s)
+
+    @asynccontextmanager
+    async def _connected(self, s: Server) -> AsyncIterator[Connection]:
+        """Connect to a server; errors name it, and those that it told of are those of their code."""
         try:
             async with dial(self._env, self._me, Address(host=s.address, port=s.port)) as conn:
                 if conn.peer.kind is not KIND_OF[s.kind]:
@@ -133,7 +175,7 @@ class Client:
                         expected=str(KIND_OF[s.kind]),
                         kind=str(conn.peer.kind),
                     )
-                return await conn.call(request, timeout_s=limit_s)
+                yield conn
         except RemoteError as exc:
             raise local_error(exc, s.name) from None
         except ConnectError as exc:
@@ -180,6 +222,16 @@ def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, env: En
     thread.join()
     loop.close()
     env.pools.close()
+
+
+def patience_s(request: Request[Any], timeout_s: float = DEFAULT_TIMEOUT_S) -> float:
+    """Return how long the answer to a request may take [s], where other answers may take `timeout_s`.
+
+    A server that is asked to wait answers later by that, and some things take their time.
+    """
+    if isinstance(request, WaitJob):
+        return timeout_s + request.wait_s
+    return timeout_s + _MORE_S.get(type(request), 0.0)
 
 
 def identity(

@@ -172,7 +172,7 @@ class Images(Backup):
     def gc_diff(self, ax: Server, vol: str) -> int:
         """Remove the diffs that no restore point needs; returns how many there were."""
         self._check(ax, vol, K_ARCHIVE)
-        return self.ask(ax, c.GcDiff(volume=vol), SHORT_TIMEOUT_SEC).tasks
+        return self.ask(ax, c.GcDiff(volume=vol)).tasks
 
     # Inner parts
 

@@ -57,7 +57,7 @@ class Lifecycle(Queries):
             if state in k.aActive:
                 self.stop(s, vol, "force")
             self._verify_state_in(s, vol, k.aAcceptForClearVol)
-        self.ask(s, c.ClearVol(volume=vol), SHORT_TIMEOUT_SEC)
+        self.ask(s, c.ClearVol(volume=vol))
         self._verify_state_in(s, vol, [k.sClear])
 
     def reset(self, s: Server, vol: str, timeoutS: float = SHORT_TIMEOUT_SEC) -> None:
