@@ -1,235 +1,49 @@
-"""A backup group of real processes for tests: start, kill, pause and restart any of them, and compare images.
+"""A backup group of real processes for tests: any layout, any fault, and exact comparison of what is restored.
 
-    with Group(tmp_path) as group:                     # one storage, one proxy, one archive
+    with Group(tmp_path, archives=2) as group:         # s0, p0, a0, a1, each a process
         vol = group.add_volume("vol0", size_b=8 << 20)
         group.ctl.full_backup(group.s[0], "vol0")
-        vol.write(0, b"x" * 4096)
-        gid = group.snapshot(vol)
-        assert group.restored(vol, gid) == vol.model
+        with vol.load():                               # a thread that writes all the time
+            group.processes["p0"].restart()            # kill -9
+            group.link("p0", "a0").cut()               # every link between two daemons is a relay of its own
+            gid = group.snapshot(vol, archives=[1])
+            group.heal()
+        group.check_all(vol)                           # every restorable gid at every archive, byte for byte
 
 Readiness comes from sd_notify, as under systemd. Ports are fixed at creation, so a restarted server is found
-where it was. Everything lives under one directory; the logs are printed when a test fails.
+where it was. Everything lives under one directory; the logs are printed when a test fails. The controller asks
+the daemons directly, and tells them the addresses of the relays. Documentation: docs/testing.md.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import random
-import signal
-import socket
+import shutil
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Final, Self
 
-from tests.kit.nbd import NbdClient
+from tests.kit.process import WAIT_S, Process, free_port, run_walbd, start_all, wait_until
+from tests.kit.relay import Link, Relay
+from tests.kit.routes import RoutedClient
+from tests.kit.volume import Leg, Volume
 from walbd.controller import Controller, ServerConnectionParam, ServerLayout
+from walbd.errors import WalbError
+from walbd.protocol.control import GetStatus, VolumeStatus
 
-READY_S = 60.0
-WAIT_S = 30.0
+__all__ = ["WAIT_S", "Group", "Leg", "Process", "Volume", "free_port", "run_walbd", "wait_until"]
 
-
-def wait_until(condition: Callable[[], Any], what: str, *, timeout_s: float = WAIT_S) -> Any:
-    """Poll until `condition()` is true and return its value; fail after the deadline."""
-    deadline = time.monotonic() + timeout_s
-    pause = 0.005
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout_s:.0f} s for {what}")
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.1)
-    return value
-
-
-_reserved: list[int] = []  # descriptors whose locks keep our ports from other test processes
-
-
-def free_port() -> int:
-    """Return a TCP port that is free, lies below the range of outgoing connections, and is ours until we end."""
-    locks = Path(tempfile.gettempdir()) / f"walbd-test-ports-{os.getuid()}"
-    locks.mkdir(exist_ok=True)
-    while True:
-        port = random.SystemRandom().randrange(10000, 30000)
-        fd = os.open(locks / str(port), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with socket.socket() as sock:
-                sock.bind(("127.0.0.1", port))
-        except OSError:
-            os.close(fd)
-            continue
-        _reserved.append(fd)
-        return port
-
-
-class Process:
-    """One walbd process that can be killed and started again with the same arguments."""
-
-    def __init__(self, name: str, args: list[str], directory: Path) -> None:
-        self.name = name
-        self.args = args
-        self.log = directory / f"{name}.log"
-        self._notify = directory / f"{name}.ready"
-        self._child: subprocess.Popen[bytes] | None = None
-
-    @property
-    def running(self) -> bool:
-        return self._child is not None and self._child.poll() is None
-
-    @property
-    def pid(self) -> int:
-        assert self._child is not None
-        return self._child.pid
-
-    def start(self, *, failpoints: str = "", wait: bool = True) -> None:
-        """Start, and return when the process says that it is ready (or has died at a failpoint)."""
-        assert not self.running, self.name
-        self._notify.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
-            ready.bind(str(self._notify))
-            env = os.environ | {"NOTIFY_SOCKET": str(self._notify), "WALBD_FAILPOINTS": failpoints}
-            env.pop("COLUMNS", None)
-            with self.log.open("ab") as log:
-                self._child = subprocess.Popen(
-                    [sys.executable, "-m", "walbd.cli", *self.args],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=env,
-                    start_new_session=True,
-                )
-            if wait:
-                self._wait_ready(ready, bool(failpoints))
-
-    def _wait_ready(self, ready: socket.socket, may_die: bool) -> None:
-        ready.settimeout(0.2)
-        deadline = time.monotonic() + READY_S
-        while time.monotonic() < deadline:
-            try:
-                if b"READY=1" in ready.recv(4096):
-                    return
-            except TimeoutError:
-                pass
-            if not self.running:
-                if may_die:
-                    return
-                raise AssertionError(f"{self.name} ended at its start:\n{self.tail()}")
-        raise AssertionError(f"{self.name} is not ready after {READY_S} s:\n{self.tail()}")
-
-    def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
-        if self._child is not None:
-            if self.running:
-                os.killpg(self._child.pid, signal.SIGKILL)
-            self._child.wait()
-
-    def stop(self, *, timeout_s: float = WAIT_S) -> int:
-        """SIGTERM, and return the exit status."""
-        assert self._child is not None
-        if self.running:
-            self._child.terminate()
-        return self._child.wait(timeout_s)
-
-    def pause(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
-
-    def restart(self, *, failpoints: str = "") -> None:
-        """Kill -9 (if it runs) and start again."""
-        self.kill()
-        self.start(failpoints=failpoints)
-
-    def wait_killed(self, *, timeout_s: float = WAIT_S) -> None:
-        """Wait until the process has been killed by its failpoint."""
-        wait_until(lambda: not self.running, f"{self.name} to die", timeout_s=timeout_s)
-        assert self._child is not None
-        assert self._child.returncode == -signal.SIGKILL, f"{self.name} ended by itself:\n{self.tail()}"
-
-    def tail(self, lines: int = 40) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-
-class Volume:
-    """A device with a model of its contents: what a restored snapshot must be."""
-
-    def __init__(self, name: str, process: Process, directory: Path, size_b: int) -> None:
-        self.name = name
-        self.process = process
-        self.directory = directory
-        self.model = bytearray(size_b)
-        self.rng = random.Random(f"{name} {size_b}")
-        self.unsure: tuple[int, bytes] | None = None  # a write or trim that was not answered
-        self._client: NbdClient | None = None
-
-    @property
-    def socket_path(self) -> Path:
-        return self.directory / "nbd.sock"
-
-    @property
-    def nbd(self) -> NbdClient:
-        if self._client is None:
-            self._client = NbdClient(str(self.socket_path))
-        return self._client
-
-    def disconnect(self) -> None:
-        if self._client is not None:
-            self._client.close()
-            self._client = None
-
-    def write(self, offset_b: int, data: bytes) -> None:
-        self.unsure = (offset_b, data)
-        self.nbd.write(offset_b, data)
-        self.model[offset_b : offset_b + len(data)] = data
-        self.unsure = None
-
-    def trim(self, offset_b: int, size_b: int) -> None:
-        self.unsure = (offset_b, bytes(size_b))
-        self.nbd.trim(offset_b, size_b)
-        self.model[offset_b : offset_b + size_b] = bytes(size_b)
-        self.unsure = None
-
-    def reconcile(self) -> None:
-        """After the device was killed: a write that was not answered has happened or not, block by block."""
-        self.disconnect()
-        if self.unsure is None:
-            return
-        offset, data = self.unsure
-        for at in range(0, len(data), 512):
-            old, new = self.model[offset + at : offset + at + 512], data[at : at + 512]
-            found = self.nbd.read(offset + at, 512)
-            assert found in (old, new), f"block at {offset + at} is neither old nor new"
-            self.model[offset + at : offset + at + 512] = found
-        self.unsure = None
-
-    def scribble(self, count: int = 20) -> None:
-        """Make `count` random writes, trims and zero writes, then flush."""
-        for _ in range(count):
-            size = self.rng.choice([512, 4096, 4096, 8192, 65536])
-            offset = self.rng.randrange(0, (len(self.model) - size) // 512 + 1) * 512
-            kind = self.rng.random()
-            if kind < 0.1:
-                self.trim(offset, size)
-            elif kind < 0.2:
-                self.write(offset, bytes(size))
-            else:
-                self.write(offset, self.rng.randbytes(size // 2) + b"walb" * (size // 8))
-        self.nbd.flush()
-
-    def read_all(self) -> bytes:
-        step = 1 << 20
-        size = len(self.model)
-        return b"".join(self.nbd.read(at, min(step, size - at)) for at in range(0, size, step))
+_FILLER: Final = ".filler"
 
 
 class Group:
-    """Processes and a controller for them; leaving the block kills everything."""
+    """Processes and a controller for them; leaving the block kills everything.
+
+    `options` are further arguments of daemons, by name (`a0`) or kind (`archive`). `disks` gives daemons a small
+    file system of their own for their directory [byte]; that needs root.
+    """
 
     def __init__(
         self,
@@ -239,21 +53,29 @@ class Group:
         proxies: int = 1,
         archives: int = 1,
         options: dict[str, list[str]] | None = None,
+        disks: dict[str, int] | None = None,
     ) -> None:
         self.root = root
         self.options = options or {}
+        self.disks = disks or {}
         self.processes: dict[str, Process] = {}
         self.volumes: dict[str, Volume] = {}
+        self.relay = Relay()
+        self.links: dict[tuple[str, str], Link] = {}
+        self._full: set[str] = set()
         self.a = [self._param(f"a{i}", 2) for i in range(archives)]
         self.p = [self._param(f"p{i}", 1) for i in range(proxies)]
         self.s = [self._param(f"s{i}", 0) for i in range(storages)]
+        for server in [*self.a, *self.p, *self.s]:
+            self._make_process(server)
         self.layout = ServerLayout(self.s, self.p, self.a)
-        self.ctl = Controller("", self.layout)
+        self.ctl = Controller("", self.layout, calls=RoutedClient(self.route))
 
     def __enter__(self) -> Self:
         try:
-            for param in [*self.a, *self.p, *self.s]:
-                self.processes[param.name].start(wait=True)
+            for name, size_b in self.disks.items():
+                _run("mount", "-t", "tmpfs", "-o", f"size={size_b}", "walbd-test", str(self.root / name))
+            start_all([self.processes[server.name] for server in self.servers])
         except BaseException:
             self.close()
             raise
@@ -270,13 +92,116 @@ class Group:
 
     def close(self) -> None:
         for volume in self.volumes.values():
+            if exc := _error_of(volume):
+                print(f"--- load of {volume.name}: {exc!r}")
             volume.disconnect()
         for process in self.processes.values():
             process.kill()
         self.ctl.close()
+        self.relay.close()
+        for name in self.disks:
+            if os.path.ismount(self.root / name):
+                _run("umount", str(self.root / name))
+
+    # Who is there
+
+    @property
+    def servers(self) -> list[ServerConnectionParam]:
+        """All daemons, archives first."""
+        return [*self.a, *self.p, *self.s]
+
+    def server(self, name: str) -> ServerConnectionParam:
+        return next(server for server in self.servers if server.name == name)
 
     def process(self, server: ServerConnectionParam) -> Process:
         return self.processes[server.name]
+
+    def add_server(self, kind: int) -> ServerConnectionParam:
+        """Start one more storage, proxy or archive. The layout of the controller stays as it is."""
+        servers = (self.s, self.p, self.a)[kind]
+        server = self._param(f"{'spa'[kind]}{len(servers)}", kind)
+        servers.append(server)
+        self._make_process(server)
+        self.process(server).start()
+        return server
+
+    # Links
+
+    def link(self, client: str, server: str) -> Link:
+        """Return the link by which one daemon connects to another."""
+        found = self.links.get((client, server))
+        if found is None:
+            target = self.server(server)
+            found = self.relay.link(f"{client}>{server}", (target.address, target.port))
+            self.links[client, server] = found
+        return found
+
+    def route(self, client: str) -> dict[str, str]:
+        """Return, for the addresses of all archives and proxies, where a daemon is to connect instead."""
+        return {
+            server.get_host_port(): self.link(client, server.name).address
+            for server in (*self.a, *self.p)
+            if server.name != client
+        }
+
+    def links_of(self, name: str) -> list[Link]:
+        """Return all links of a daemon that are in use."""
+        return [link for ends, link in self.links.items() if name in ends]
+
+    def isolate(self, name: str) -> None:
+        """Cut a daemon off from all other daemons."""
+        for server in self.servers:
+            if server.name != name and server.name[0] != name[0]:
+                self.link(*sorted((name, server.name), key=lambda n: "spa".index(n[0])))
+        for link in self.links_of(name):
+            link.cut()
+
+    def heal(self) -> None:
+        """Heal all links."""
+        for link in self.links.values():
+            link.heal()
+
+    # Processes and their disks
+
+    def kill(self, *names: str) -> None:
+        for name in names:
+            self.processes[name].kill()
+
+    def start(self, *names: str) -> None:
+        """Start processes at the same time; default: all that do not run."""
+        chosen = names or [name for name, process in self.processes.items() if not process.running]
+        start_all([self.processes[name] for name in chosen])
+
+    def wipe(self, name: str, volume: str = "") -> None:
+        """Kill a daemon and remove everything that it has, or what it has of one volume. It is not started."""
+        self.processes[name].kill()
+        base = self.root / name
+        for path in [base / volume] if volume else list(base.iterdir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def fill(self, name: str) -> None:
+        """Fill the disk of a daemon. Without a disk of its own it restarts, and takes all space for reserved."""
+        if name not in self.disks:
+            self.processes[name].restart(more_args=["--free-reserve-b", "1p"])
+            self._full.add(name)
+            return
+        with (self.root / name / _FILLER).open("wb") as filler:
+            piece = 1 << 20
+            while piece >= 4096:
+                try:
+                    os.write(filler.fileno(), bytes(piece))
+                except OSError:
+                    piece //= 2
+
+    def unfill(self, name: str) -> None:
+        """Give the space back."""
+        if name in self.disks:
+            (self.root / name / _FILLER).unlink()
+        elif name in self._full:
+            self._full.remove(name)
+            self.processes[name].restart()
+
+    # Volumes
 
     def add_volume(
         self,
@@ -286,61 +211,170 @@ class Group:
         log_b: int = 16 << 20,
         pbs: int = 512,
         storage: int = 0,
+        mirror: int | None = None,
         init: bool = True,
     ) -> Volume:
-        """Create and serve a device, and make it known to a storage (Standby)."""
-        devices = self.root / "dev"
-        devices.mkdir(exist_ok=True)
-        directory = devices / name
-        create = ["device", "create", name, "--base-dir", str(devices), "--size", str(size_b), "--pbs", str(pbs)]
-        create += ["--ldev", str(self.root / f"{name}.ldev"), "--ddev", str(self.root / f"{name}.ddev")]
-        create += ["--ldev-size", str(log_b)]
-        done = subprocess.run(
-            [sys.executable, "-m", "walbd.cli", *create],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=WAIT_S,
-        )
-        assert done.returncode == 0, done.stderr
-        with (directory / "device.toml").open("a") as config:
-            config.write("checkpoint_interval_s = 0.5\n")  # log is given up after a checkpoint only
-        process = Process(f"dev-{name}", ["device", "serve", name, "--base-dir", str(devices)], self.root)
-        self.processes[process.name] = process
-        process.start()
-        volume = self.volumes[name] = Volume(name, process, directory, size_b)
+        """Create and serve a device, and make it known to a storage (Standby).
+
+        With `mirror` there is a second device at that storage, which all writes go to as well.
+        """
+        numbers = [storage] if mirror is None else [storage, mirror]
+        legs = [self._make_leg(name, number, size_b, log_b, pbs) for number in numbers]
+        start_all([leg.process for leg in legs])
+        volume = self.volumes[name] = Volume(name, legs, size_b)
         if init:
-            self.ctl.init_storage(self.s[storage], name, str(directory))
+            for leg in legs:
+                self.ctl.init_storage(self.server(leg.storage), name, str(leg.directory))
         return volume
 
-    def snapshot(self, volume: Volume, *, archives: list[int] | None = None) -> int:
+    def grow_device(self, volume: Volume, size_b: int) -> None:
+        """Grow the devices of a volume: the storages and archives are told by `ctl.resize`."""
+        for leg in volume.legs:
+            base = str(leg.directory.parent)
+            done = run_walbd("device", "resize", volume.name, str(size_b), "--base-dir", base)
+            assert done.returncode == 0, done.stderr
+        volume.grow(size_b)
+
+    def status(self, server: ServerConnectionParam, volume: str) -> VolumeStatus:
+        """Return what a server says of a volume."""
+        (row,) = self.ctl.ask(server, GetStatus(volume=volume)).volumes
+        return row
+
+    def target(self, volume: Volume) -> ServerConnectionParam:
+        """Return the storage that backs the volume up."""
+        servers = [self.server(leg.storage) for leg in volume.legs]
+        if len(servers) == 1:
+            return servers[0]
+        return next(s for s in servers if self.ctl.get_state(s, volume.name) == "Target")
+
+    def fed(self, volume: Volume) -> list[ServerConnectionParam]:
+        """Return the archives that some proxy sends the volume to."""
+        names = {name for p in self.p for name in self.ctl.get_archive_info_list(p, volume.name)}
+        return [a for a in self.a if a.name in names]
+
+    def is_fresh(self, volume: Volume) -> bool:
+        """Tell whether all archives that are fed have everything that was written."""
+        try:
+            storage = self.status(self.target(volume), volume.name)
+            if storage.state != "Target" or storage.lag_lb or storage.done_gid != storage.latest_gid:
+                return False
+            if storage.device_error or storage.overflow:
+                return False
+            gids = [self.status(a, volume.name).latest_gid for a in self.fed(volume)]
+        except (WalbError, StopIteration, ValueError):
+            return False
+        return bool(gids) and all(gid == storage.done_gid for gid in gids)
+
+    def wait_fresh(self, volume: Volume, *, timeout_s: float = WAIT_S) -> None:
+        """Flush, and wait until all archives that are fed have everything, with no command given."""
+        volume.flush()
+        wait_until(lambda: self.is_fresh(volume), "the archives to have everything", timeout_s=timeout_s)
+
+    def snapshot(self, volume: Volume, *, archives: list[int] | None = None, timeout_s: float = WAIT_S) -> int:
         """Flush, take a snapshot, and wait until it can be restored at the archives (default: primary)."""
-        volume.nbd.flush()
-        targets = [self.a[i] for i in (archives if archives is not None else [0])]
-        gid: int = self.ctl.snapshot(self.s[0], volume.name, targets, timeoutS=WAIT_S)
+        gid = self.mark(volume)
+        for i in archives if archives is not None else [0]:
+            self.ctl.wait_for_restorable(self.a[i], volume.name, gid, timeoutS=timeout_s)
         return gid
+
+    def mark(self, volume: Volume) -> int:
+        """Flush and take a snapshot, and remember what it must be."""
+        volume.flush()
+        before = volume.seq
+        gid: int = self.ctl.snapshot_nbk(self.target(volume), volume.name)
+        volume.points.setdefault(gid, []).append((before, volume.seq))
+        return gid
+
+    # What can be restored
 
     def restored(self, volume: Volume, gid: int, *, archive: int = 0) -> bytes:
         """Restore a snapshot, return the image's bytes, and remove the image again."""
-        server = self.a[archive]
+        return self._restored(volume, gid, self.a[archive])
+
+    def check(self, volume: Volume, gid: int, server: ServerConnectionParam) -> list[int]:
+        """Restore a gid, show that the volume was once exactly that, and return the numbers of its states."""
+        image = self._restored(volume, gid, server)
+        seqs = volume.states_of(image)
+        where = f"{volume.name} gid {gid} at {server.name}"
+        assert seqs, f"{where} is nothing that the volume ever was"
+        spans = volume.points.get(gid)
+        if spans is not None:
+            fits = any(first <= seq <= last for seq in seqs for first, last in spans)
+            assert fits, f"{where} is state {seqs}, and the snapshot was taken in {spans}"
+        return seqs
+
+    def check_all(self, volume: Volume, *, implicit_max: int | None = None) -> dict[str, list[int]]:
+        """Check every restorable gid at every archive byte for byte; return the gids by archive.
+
+        Explicit snapshots must be what the volume was when they were taken, and implicit ones what it was at
+        some time, in their order. Of many implicit ones `implicit_max` are checked, evenly chosen.
+        """
+        found: dict[str, list[int]] = {}
+        for server in self.a:
+            if not self.processes[server.name].running:
+                continue
+            points = self.ctl.get_restorable(server, volume.name, "all")
+            found[server.name] = [point.gid for point in points]
+            asked_for = {point.gid for point in points if point.is_explicit} | set(found[server.name][-1:])
+            others = [gid for gid in found[server.name] if gid not in asked_for]
+            if implicit_max is not None and len(others) > implicit_max:
+                others = [others[i * len(others) // implicit_max] for i in range(implicit_max)]
+            last = 0
+            for gid in sorted({*asked_for, *others}):
+                seqs = [seq for seq in self.check(volume, gid, server) if seq >= last]
+                assert seqs, f"{volume.name} gid {gid} at {server.name} is older than the one before it"
+                last = seqs[0]
+        return found
+
+    # Inner parts
+
+    def _restored(self, volume: Volume, gid: int, server: ServerConnectionParam) -> bytes:
         self.ctl.restore(server, volume.name, gid, timeoutS=WAIT_S)
         data = Path(self.ctl.get_restored_path(server, volume.name, gid)).read_bytes()
         self.ctl.del_restored(server, volume.name, gid)
         return data
 
     def _param(self, name: str, kind: int) -> ServerConnectionParam:
-        port = free_port()
-        base = self.root / name
-        base.mkdir(parents=True, exist_ok=True)
-        word = ("storage", "proxy", "archive")[kind]
-        args = [word, "--port", str(port), "--base-dir", str(base), "--node-id", name]
-        args += ["--retry-delay-max-s", "2", *self.options.get(name, self.options.get(word, []))]
+        (self.root / name).mkdir(parents=True, exist_ok=True)
+        return ServerConnectionParam(name, "127.0.0.1", free_port(), kind)
+
+    def _make_process(self, server: ServerConnectionParam) -> None:
+        name, word = server.name, ("storage", "proxy", "archive")[server.kind]
+        args = [word, "--port", str(server.port), "--base-dir", str(self.root / name), "--node-id", name]
+        args += ["--retry-delay-max-s", "2"]
         if word == "storage":
-            args += [
-                "--archive",
-                self.a[0].get_host_port(),
-                "--proxy",
-                ",".join(p.get_host_port() for p in self.p),
-            ]
+            args += ["--archive", self.link(name, self.a[0].name).address]
+            args += ["--proxy", ",".join(self.link(name, p.name).address for p in self.p)]
+        args += self.options.get(word, []) + self.options.get(name, [])
         self.processes[name] = Process(name, args, self.root)
-        return ServerConnectionParam(name, "127.0.0.1", port, kind)
+
+    def _make_leg(self, name: str, storage: int, size_b: int, log_b: int, pbs: int) -> Leg:
+        server = self.s[storage]
+        suffix = "" if storage == 0 else f"-{server.name}"
+        devices = self.root / f"dev{suffix}"
+        devices.mkdir(exist_ok=True)
+        directory = devices / name
+        ldev, ddev = self.root / f"{name}{suffix}.ldev", self.root / f"{name}{suffix}.ddev"
+        create: Sequence[str] = ["device", "create", name, "--base-dir", str(devices), "--size", str(size_b)]
+        create = [*create, "--ldev", str(ldev), "--ddev", str(ddev), "--ldev-size", str(log_b), "--pbs", str(pbs)]
+        done = run_walbd(*create)
+        assert done.returncode == 0, done.stderr
+        with (directory / "device.toml").open("a") as config:
+            config.write("checkpoint_interval_s = 0.5\n")  # log is given up after a checkpoint only
+        process = Process(f"dev-{name}{suffix}", ["device", "serve", name, "--base-dir", str(devices)], self.root)
+        self.processes[process.name] = process
+        return Leg(server.name, process, directory, ldev, ddev)
+
+
+def _error_of(volume: Volume) -> BaseException | None:
+    """End a load that still runs; return what went wrong with it."""
+    try:
+        volume.stop_load()
+    except Exception as exc:
+        return exc
+    return None
+
+
+def _run(*args: str) -> None:
+    done = subprocess.run(args, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    assert done.returncode == 0, done.stderr
