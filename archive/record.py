@@ -9,9 +9,35 @@ from __future__ import annotations
 import msgspec
 
 from walbd.archive.states import State
-from walbd.format.meta import NO_BASE, BaseState
+from walbd.format.meta import NO_BASE, BaseState, Diff
 from walbd.ids import NIL_UUID
 from walbd.protocol.maintenance import Gap, Hold, ReplicaPosition
+
+
+class Pending(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What becomes true when a wdiff gets its name (archive/pending.py)."""
+
+    diff: Diff
+    uuid: str
+    gaps: tuple[Gap, ...]
+
+    def is_true(self, record: VolumeRecord) -> bool:
+        """Tell whether a record says so anyway, so that the name alone is enough."""
+        return self.uuid == record.uuid and self.gaps == record.gaps
+
+    def applied(self, record: VolumeRecord) -> VolumeRecord:
+        """Return the record as it is with the wdiff."""
+        return msgspec.structs.replace(record, uuid=self.uuid, gaps=self.gaps, pending=None)
+
+
+class FullProgress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A full replication that did not end: what the image is a part of. It goes on only if all of this is equal."""
+
+    archive_uuid: str
+    uuid: str
+    base: BaseState
+    size_lb: int
+    offset_b: int = 0  # durable before this [byte]
 
 
 class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,3 +53,5 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gaps: tuple[Gap, ...] = ()  # intervals without restore points, oldest first; only the last may be open
     holds: tuple[Hold, ...] = ()  # by generation
     replicas: tuple[ReplicaPosition, ...] = ()  # destinations of replications, by node
+    pending: Pending | None = None  # in Archived only
+    full_progress: FullProgress | None = None  # in SyncReady only: anything else that touches the image clears it

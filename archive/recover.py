@@ -22,6 +22,7 @@ from walbd.archive.diffs import (
     remove_diffs,
 )
 from walbd.archive.images.store import ImageStore
+from walbd.archive.pending import settle_pending
 from walbd.archive.record import VolumeRecord
 from walbd.archive.states import State
 from walbd.daemon.record import RECORD_NAME, load_record, save_record
@@ -60,7 +61,7 @@ def load_volume(fs: FileSystem, images: ImageStore, directory: Path) -> Loaded:
     if record.state is State.SYNC_READY:
         return _load_empty(fs, images, directory, record)
     found = find_diffs(fs, directory)
-    record_grown = _check_image(images, name, record)
+    settled = settle_pending(fs, directory, _check_image(images, name, record), found.diffs)
     diffs, duplicates = DiffManager.load(found.diffs)
     useless = diffs.gc(record.base)  # raises HistoryBroken
     newest = diffs.latest(record.base).begin
@@ -72,10 +73,10 @@ def load_volume(fs: FileSystem, images: ImageStore, directory: Path) -> Loaded:
     put_aside(fs, directory, gap, ASIDE_GAP)
     remove_diffs(fs, directory, passed)
     _remove_unfinished(fs, images, directory, found.unfinished)
-    if record_grown is not record:
-        save_record(fs, directory / RECORD_NAME, record_grown)
+    if settled is not record:
+        save_record(fs, directory / RECORD_NAME, settled)
     return Loaded(
-        record_grown,
+        settled,
         diffs,
         set(images.restored(name)),
         _remarks(duplicates, gap, found.unreadable, found.aside),

@@ -12,13 +12,16 @@ hash backup (storage to archive): HashBackupOffer -> BackupAccepted (with `lates
 
 replication (archive to archive; the one that dials is the source):
     ReplicateOffer -> ReplicatePlan
-    full:    ReplicateFull -> FullFrom, FullChunk*, End -> ReplicateState
+    full:    ReplicateFull -> FullFrom, FullChunk*, End -> Ok
     resync:  ReplicateResync -> Ok, the exchange, whose Ok comes after the new base is committed
     then rounds, as long as the source finds something to send, each of them
-        ReplicateDiff -> Ok, WdiffChunk*, End -> Ok
-        ReplicateHash -> Ok, the exchange
-      with ReplicateLatest -> ReplicateState before each
+        ReplicateLatest -> ReplicateState
+        ReplicateDiff -> RoundAnswer; when accepted: WdiffChunk*, End -> Ok
+        or ReplicateHash -> RoundAnswer; when accepted: the exchange
     ReplicateDone -> Ok
+
+A round names the state that the source was told of. The destination may have moved on since (proxies send to it,
+too): then it does not accept the round, and the source asks again.
 """
 
 from __future__ import annotations
@@ -103,8 +106,9 @@ class FullFrom(Message):
 class ReplicateFull(Request[FullFrom]):
     """All of an image comes in order; at the end it is the destination's base, in state `base`."""
 
+    size_lb: U64
     base: BaseState
-    uuid: Uuid
+    uuid: Uuid  # of the log history that `base` belongs to
     bulk_b: Bulk
 
 
@@ -112,6 +116,7 @@ class ReplicateFull(Request[FullFrom]):
 class ReplicateResync(Request[Ok]):
     """The destination's base is made equal to `base`. Ok: its old history is given up, durably."""
 
+    size_lb: U64
     base: BaseState
     uuid: Uuid
     bulk_b: Bulk
@@ -120,9 +125,11 @@ class ReplicateResync(Request[Ok]):
 
 @message("replicate-state")
 class ReplicateState(Message):
-    """The newest state that the destination can reach."""
+    """The newest state that the destination can reach, and the log history that it belongs to."""
 
     latest: Snapshot
+    timestamp: Time
+    uuid: Uuid
 
 
 @message("replicate-latest")
@@ -130,21 +137,34 @@ class ReplicateLatest(Request[ReplicateState]):
     """Ask what the destination has."""
 
 
-@message("replicate-diff")
-class ReplicateDiff(Request[Ok]):
-    """A (merged) diff of the chain comes."""
+@message("round-answer")
+class RoundAnswer(Message):
+    """Whether the destination takes the round. Not: its state is no longer the one that the round continues."""
 
+    accepted: bool
+
+
+@message("replicate-diff")
+class ReplicateDiff(Request[RoundAnswer]):
+    """A (merged) diff of the chain comes, which continues `latest` of history `latest_uuid`."""
+
+    latest: Snapshot
+    latest_uuid: Uuid
+    size_lb: U64
     diff: Diff
-    uuid: Uuid  # of the log history that its end belongs to: the destination's afterwards
+    uuid: Uuid  # of the log history that the diff's end belongs to: the destination's afterwards
 
 
 @message("replicate-hash")
-class ReplicateHash(Request[Ok]):
-    """The diffs that the destination needs are gone at the source: compare its latest image with a later one.
+class ReplicateHash(Request[RoundAnswer]):
+    """No diffs lead on from what the destination has: compare its latest image with a later one.
 
     `diff` is a compared diff from the destination's latest snapshot.
     """
 
+    latest: Snapshot
+    latest_uuid: Uuid
+    size_lb: U64
     diff: Diff
     uuid: Uuid
     bulk_b: Bulk

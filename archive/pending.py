@@ -1,0 +1,100 @@
+"""Wdiffs that change more than the newest snapshot: those that bring another log history, or a gap.
+
+A wdiff counts from the moment its file has its name; what else becomes true with it is in the record. So that no
+crash comes between:
+
+    1. record: `pending` names the wdiff, and what will be true with it
+    2. the file gets its name
+    3. record: it is true, and nothing is pending
+
+A start that finds something pending looks for the file: with it, 3 is done now; without, nothing has happened.
+The uuid tells whether wdiffs of proxies continue the history: it must never be that of a history which the newest
+snapshot does not belong to. Source: docs/archive.md, "Histories".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from walbd.archive.record import Pending, VolumeRecord
+from walbd.archive.volume import Volume
+from walbd.daemon.env import Pool
+from walbd.daemon.logs import error_fields
+from walbd.errors import WalbError
+from walbd.format.meta import Diff, diff_name
+from walbd.format.wdiff_read import open_wdiff
+from walbd.fs import FileSystem
+from walbd.protocol.maintenance import Gap
+
+log = structlog.get_logger()
+
+
+class Unnamed(Protocol):
+    """A complete and durable wdiff file that has no name yet."""
+
+    def commit(self) -> Diff:
+        """Name the file durably; return its label with its size. Blocks."""
+
+
+async def commit_pending(
+    volume: Volume, sink: Unnamed, diff: Diff, uuid: bytes, gaps: tuple[Gap, ...] | None = None
+) -> None:
+    """Name the file of `diff` and register it; from then on `uuid` is the volume's history, and `gaps` its gaps.
+
+    All of it, or nothing. The caller holds a step, and lets nothing cut this in two (`uninterrupted`). When the
+    disk fails so that nobody can tell which, the volume is Broken until the next start, which looks.
+    """
+    pools = volume.place.env.pools
+    pending = Pending(diff=diff, uuid=uuid.hex(), gaps=volume.record.gaps if gaps is None else gaps)
+    if pending.is_true(volume.record):
+        volume.add_diff(await pools.run(Pool.RECEIVE, sink.commit))
+        return
+    await volume.save(pending=pending)
+    try:
+        named = await pools.run(Pool.RECEIVE, sink.commit)
+    except WalbError:
+        await _take_back(volume, diff)
+        raise
+    volume.record = pending.applied(volume.record)  # if it cannot be saved, a start finds the same
+    volume.add_diff(named)
+    await volume.save()
+
+
+async def _take_back(volume: Volume, diff: Diff) -> None:
+    """Make sure that the file has no name after a failure."""
+    pools, path = volume.place.env.pools, volume.directory / diff_name(diff)
+    try:
+        await pools.run(Pool.RECORD, _unlink, volume.place.env.fs, path)
+    except WalbError as exc:
+        log.error("volume.broken", volume=volume.name, **error_fields(exc))
+        volume.set_broken(exc)
+        return
+    try:
+        await volume.save(pending=None)
+    except WalbError as exc:  # without the file it means nothing
+        log.warning("record.not_saved", volume=volume.name, **error_fields(exc))
+
+
+def settle_pending(
+    fs: FileSystem, directory: Path, record: VolumeRecord, diffs: Iterable[Diff]
+) -> VolumeRecord:
+    """Return the record as it is now that the diffs of the directory are known. Blocks; raises CorruptData."""
+    pending = record.pending
+    if pending is None:
+        return record
+    for diff in diffs:
+        if diff == pending.diff:
+            with fs.open(directory / diff_name(diff)) as file:
+                if open_wdiff(file).header.uuid.hex() == pending.uuid:
+                    return pending.applied(record)
+    return msgspec.structs.replace(record, pending=None)
+
+
+def _unlink(fs: FileSystem, path: Path) -> None:
+    fs.unlink(path)
+    fs.sync_dir(path.parent)
