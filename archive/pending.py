@@ -7,27 +7,25 @@ crash comes between:
     2. the file gets its name
     3. record: it is true, and nothing is pending
 
-A start that finds something pending looks for the file: with it, 3 is done now; without, nothing has happened.
+A start that finds something pending looks for the file (archive/recover.py): with it, 3 is done now; without,
+nothing has happened.
 The uuid tells whether wdiffs of proxies continue the history: it must never be that of a history which the newest
 snapshot does not belong to. Source: docs/archive.md, "Histories".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import structlog
 
-from walbd.archive.record import Pending, VolumeRecord
+from walbd.archive.record import Pending
 from walbd.archive.volume import Volume
 from walbd.daemon.env import Pool
 from walbd.daemon.logs import error_fields
 from walbd.errors import WalbError
 from walbd.format.meta import Diff, diff_name
-from walbd.format.wdiff_read import open_wdiff
 from walbd.fs import FileSystem
 from walbd.protocol.maintenance import Gap
 
@@ -78,21 +76,6 @@ async def _take_back(volume: Volume, diff: Diff) -> None:
         await volume.save(pending=None)
     except WalbError as exc:  # without the file it means nothing
         log.warning("record.not_saved", volume=volume.name, **error_fields(exc))
-
-
-def settle_pending(
-    fs: FileSystem, directory: Path, record: VolumeRecord, diffs: Iterable[Diff]
-) -> VolumeRecord:
-    """Return the record as it is now that the diffs of the directory are known. Blocks; raises CorruptData."""
-    pending = record.pending
-    if pending is None:
-        return record
-    for diff in diffs:
-        if diff == pending.diff:
-            with fs.open(directory / diff_name(diff)) as file:
-                if open_wdiff(file).header.uuid.hex() == pending.uuid:
-                    return pending.applied(record)
-    return msgspec.structs.replace(record, pending=None)
 
 
 def _unlink(fs: FileSystem, path: Path) -> None:

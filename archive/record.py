@@ -31,7 +31,7 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class FullProgress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A full replication that did not end: what the image is a part of. It goes on only if all of this is equal."""
+    """A full replication that did not end: what the image is a part of. It goes on if all of it is equal."""
 
     archive_uuid: str
     uuid: str

@@ -7,6 +7,8 @@ or that a merged one replaces, unfinished restores.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -22,12 +24,12 @@ from walbd.archive.diffs import (
     remove_diffs,
 )
 from walbd.archive.images.store import ImageStore
-from walbd.archive.pending import settle_pending
 from walbd.archive.record import VolumeRecord
 from walbd.archive.states import State
 from walbd.daemon.record import RECORD_NAME, load_record, save_record
 from walbd.errors import CorruptData, NotFound
-from walbd.format.meta import Diff, DiffManager
+from walbd.format.meta import Diff, DiffManager, diff_name
+from walbd.format.wdiff_read import open_wdiff
 from walbd.fs import TMP_PREFIX, FileSystem, failpoints
 from walbd.fs.disk import disk_errors
 from walbd.units import LB
@@ -35,6 +37,7 @@ from walbd.units import LB
 FP_BEFORE_GC: Final = failpoints.register(
     "archive.start.before_gc", "everything is read and nothing is repaired: the next start does it"
 )
+_GID: Final = re.compile(r"0|[1-9][0-9]{0,19}")
 STORED_STATES: Final = frozenset({State.SYNC_READY, State.ARCHIVED, State.STOPPED})
 
 
@@ -61,7 +64,7 @@ def load_volume(fs: FileSystem, images: ImageStore, directory: Path) -> Loaded:
     if record.state is State.SYNC_READY:
         return _load_empty(fs, images, directory, record)
     found = find_diffs(fs, directory)
-    settled = settle_pending(fs, directory, _check_image(images, name, record), found.diffs)
+    settled = _settle_pending(fs, directory, _check_image(images, name, record), found.diffs)
     diffs, duplicates = DiffManager.load(found.diffs)
     useless = diffs.gc(record.base)  # raises HistoryBroken
     newest = diffs.latest(record.base).begin
@@ -73,10 +76,11 @@ def load_volume(fs: FileSystem, images: ImageStore, directory: Path) -> Loaded:
     put_aside(fs, directory, gap, ASIDE_GAP)
     remove_diffs(fs, directory, passed)
     _remove_unfinished(fs, images, directory, found.unfinished)
-    if settled is not record:
-        save_record(fs, directory / RECORD_NAME, settled)
+    repaired = _check_colds(images, name, settled)
+    if repaired is not record:
+        save_record(fs, directory / RECORD_NAME, repaired)
     return Loaded(
-        settled,
+        repaired,
         diffs,
         set(images.restored(name)),
         _remarks(duplicates, gap, found.unreadable, found.aside),
@@ -92,6 +96,8 @@ def check_record(record: VolumeRecord, directory: Path) -> None:
         problem = "no such state is ever stored"
     elif any(len(uuid) != 32 or set(uuid) - set("0123456789abcdef") for uuid in uuids):
         problem = "a uuid is not 32 hexadecimal digits"
+    elif any(_GID.fullmatch(gid) is None for gid in record.colds):
+        problem = "a cold image has no generation"
     elif record.size_lb < 0 or (holds and record.size_lb == 0):
         problem = "impossible size"
     elif holds and record.base.begin.is_none:
@@ -113,9 +119,16 @@ def _load_empty(fs: FileSystem, images: ImageStore, directory: Path, record: Vol
         failpoints.hit(FP_BEFORE_GC)
     remove_all_diffs(fs, directory)
     _remove_unfinished(fs, images, directory, found.unfinished)
-    for gid in images.restored(directory.name):
-        images.remove_restored(directory.name, gid)
+    remove_copies(images, directory.name)
     return Loaded(record)
+
+
+def remove_copies(images: ImageStore, volume: str) -> None:
+    """Remove all restored and cold images of a volume."""
+    for gid in images.restored(volume):
+        images.remove_restored(volume, gid)
+    for gid in images.colds(volume):
+        images.remove_cold(volume, gid)
 
 
 def _check_image(images: ImageStore, volume: str, record: VolumeRecord) -> VolumeRecord:
@@ -138,6 +151,29 @@ def _check_image(images: ImageStore, volume: str, record: VolumeRecord) -> Volum
         )
     size_lb = size_b // LB
     return record if size_lb == record.size_lb else msgspec.structs.replace(record, size_lb=size_lb)
+
+
+def _check_colds(images: ImageStore, volume: str, record: VolumeRecord) -> VolumeRecord:
+    """Remove cold images that are not recorded, and forget those that are gone."""
+    there = [str(gid) for gid in images.colds(volume)]
+    for gid in there:
+        if gid not in record.colds:
+            images.remove_cold(volume, int(gid))
+    colds = {gid: time for gid, time in record.colds.items() if gid in there}
+    return record if colds == record.colds else msgspec.structs.replace(record, colds=colds)
+
+
+def _settle_pending(fs: FileSystem, directory: Path, record: VolumeRecord, diffs: Iterable[Diff]) -> VolumeRecord:
+    """Return the record as it is now that the diffs of the directory are known. Raises CorruptData."""
+    pending = record.pending
+    if pending is None:
+        return record
+    for diff in diffs:
+        if diff == pending.diff:
+            with fs.open(directory / diff_name(diff)) as file:
+                if open_wdiff(file).header.uuid.hex() == pending.uuid:
+                    return pending.applied(record)
+    return msgspec.structs.replace(record, pending=None)
 
 
 def _remove_unfinished(fs: FileSystem, images: ImageStore, directory: Path, names: list[str]) -> None:

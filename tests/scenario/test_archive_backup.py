@@ -111,6 +111,8 @@ async def test_one_record_says_it_all(rig: ArchiveRig, tmp_path: Path) -> None:
         "gaps": [],
         "holds": [],
         "replicas": [],
+        "pending": None,
+        "full_progress": None,
     }
 
 
