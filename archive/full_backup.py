@@ -93,6 +93,8 @@ async def _commit(
     """Make what was received the volume's base, on disk and then in memory."""
     with disk_errors(volume.directory, "finish the backup"):
         failpoints.hit(FP_BEFORE_COMMIT)
-    await volume.commit(step, size_lb=size_lb, base=base, uuid=uuid.hex(), archive_uuid=archive_uuid.hex())
+    await volume.commit(
+        step, size_lb=size_lb, base=base, uuid=uuid.hex(), archive_uuid=archive_uuid.hex(), gaps=()
+    )
     volume.reset_memory()
     volume.received = volume.place.env.clock.now()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from walbd.archive.gaps import within
 from walbd.archive.states import ACTIONS, TABLE, Command, State
 from walbd.archive.status import latest_row
 from walbd.archive.volume import Place, Volume
@@ -19,6 +20,7 @@ from walbd.format.meta import NO_BASE, BaseState
 from walbd.ids import parse_uuid
 from walbd.protocol import control as c
 from walbd.protocol.codec import Request
+from walbd.protocol.maintenance import Gaps, GetGaps
 from walbd.protocol.transfer import GatheredLatest, GatherLatest
 from walbd.units import LB
 
@@ -60,6 +62,7 @@ class Queries:
             c.GetBase: self._base,
             c.GetMetaState: self._meta_state,
             c.GetMetaSnap: self._meta_snap,
+            GetGaps: self._gaps,
             GatherLatest: self._gather_latest,
         }
 
@@ -142,6 +145,10 @@ class Queries:
 
     async def _base(self, _conn: Connection, request: c.GetBase) -> c.BaseValue:
         return c.BaseValue(base=known(self._volumes, request.volume, Command.GET_BASE).base)
+
+    async def _gaps(self, _conn: Connection, request: GetGaps) -> Gaps:
+        volume = known(self._volumes, request.volume, Command.GET_LATEST_SNAP)
+        return Gaps(gaps=list(within(volume.record.gaps, volume.restorable(all_points=True))))
 
     async def _restored(self, _conn: Connection, request: c.GetRestored) -> c.Gids:
         return c.Gids(gids=sorted(known(self._volumes, request.volume, Command.GET_RESTORED).restored))

@@ -14,6 +14,8 @@ from typing import Final
 
 import structlog
 
+from walbd.archive.gaps import gaps_after
+from walbd.archive.pending import commit_pending
 from walbd.archive.slots import Slots
 from walbd.archive.states import FULL_SYNC, HASH_SYNC, START, WDIFF_RECV, Command, State
 from walbd.archive.volume import Place, Volume, check_room
@@ -131,7 +133,7 @@ async def _transfer(
                 await pools.run(Pool.RECEIVE, sink.open)
                 await conn.send(accept)
                 await _stream(volume, conn, sink)
-            await uninterrupted(_commit(volume, sink))
+            await uninterrupted(_commit(volume, sink, diff, offer.uuid))
         finally:
             await pools.run(Pool.RECEIVE, sink.close)
         await volume.machine.commit_step(step, _nothing_more)
@@ -161,10 +163,9 @@ async def _stream(volume: Volume, conn: Connection, sink: WdiffSink) -> None:
     await with_filler(conn, pools.run(Pool.RECEIVE, sink.finish))
 
 
-async def _commit(volume: Volume, sink: WdiffSink) -> None:
+async def _commit(volume: Volume, sink: WdiffSink, diff: Diff, uuid: bytes) -> None:
     """Name the file and register the diff: one step, whatever is cancelled meanwhile."""
-    diff = await volume.place.env.pools.run(Pool.RECEIVE, sink.commit)
-    volume.add_diff(diff)
+    await commit_pending(volume, sink, diff, uuid, gaps_after(volume, diff))
     volume.received = volume.place.env.clock.now()
 
 
@@ -188,13 +189,16 @@ def _look(place: Place, name: str) -> int | None:
 
 
 class WdiffSink:
-    """An unfinished wdiff file, and the checks on the way into it. One thread at a time calls it."""
+    """An unfinished wdiff file, and the checks on the way into it. One thread at a time calls it.
 
-    def __init__(self, volume: Volume, diff: Diff, uuid: bytes, sender: str) -> None:
+    `uuid` must be known before the first piece, `diff` before `commit`.
+    """
+
+    def __init__(self, volume: Volume, diff: Diff | None, uuid: bytes, sender: str) -> None:
+        self.diff = diff
+        self.uuid = uuid
         self.size_b = 0
         self._volume = volume
-        self._diff = diff
-        self._uuid = uuid
         self._source = f"wdiff stream from {sender}"
         self._verifier = PackVerifier(source=self._source)
         self._file: TempFile | None = None
@@ -212,8 +216,8 @@ class WdiffSink:
 
     def open(self) -> None:
         """Begin the file, for a volume of the size that it has now."""
-        if self._diff in self._volume.diffs:
-            raise AlreadyExists("this diff is already there", diff=str(self._diff))
+        if self.diff is not None and self.diff in self._volume.diffs:
+            raise AlreadyExists("this diff is already there", diff=str(self.diff))
         self._verifier = PackVerifier(size_lb=self._volume.size_lb, source=self._source)
         self._file = self._volume.place.env.fs.temp_file(self._volume.directory)
 
@@ -221,7 +225,7 @@ class WdiffSink:
         """Verify and write one piece: whole packs, the first one behind the file header. Raises CorruptData."""
         if self.size_b == 0:
             self._check_header(piece)
-            self._write(WdiffHeader(WdiffType.SORTED, self._uuid).pack())
+            self._write(WdiffHeader(WdiffType.SORTED, self.uuid).pack())
             piece = piece[HEADER_B:]
         at = 0
         while at < len(piece):
@@ -243,12 +247,13 @@ class WdiffSink:
 
     def commit(self) -> Diff:
         """Name the file durably; return its label with its size."""
-        directory = self._volume.directory
+        directory, diff = self._volume.directory, self.diff
+        assert diff is not None
         with disk_errors(directory, "name a wdiff"):
             failpoints.hit(FP_BEFORE_COMMIT)
-            self.file.commit(directory / diff_name(self._diff))
+            self.file.commit(directory / diff_name(diff))
             failpoints.hit(FP_AFTER_COMMIT)
-        return replace(self._diff, size_b=self.size_b)
+        return replace(diff, size_b=self.size_b)
 
     def close(self) -> None:
         """Close the file; it is removed if it got no name."""
@@ -260,7 +265,7 @@ class WdiffSink:
         problem = ""
         if header.type is not WdiffType.SORTED:
             problem = "only sorted wdiffs can be sent"
-        elif header.uuid not in (self._uuid, NIL_UUID):
+        elif header.uuid not in (self.uuid, NIL_UUID):
             problem = "the wdiff has another uuid than the offer"
         if problem:
             raise CorruptData(problem, hint="the sender made the stream wrongly", source=self._source, offset=0)
