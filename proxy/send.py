@@ -8,15 +8,16 @@ the same, as the cause may be removed at the archive. Source: docs/proxy.md, Sen
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 import structlog
 
 from walbd.daemon.conn import Connection, Me, dial
-from walbd.daemon.env import Env, Pool
+from walbd.daemon.env import Env
 from walbd.daemon.net import parse_address
 from walbd.daemon.scheduler import Again
+from walbd.daemon.wdiff_send import send_wdiff
 from walbd.errors import (
     ConnectError,
     CorruptData,
@@ -29,18 +30,14 @@ from walbd.errors import (
 )
 from walbd.format.compress import CompressOpt
 from walbd.format.wdiff_merge import merge
-from walbd.protocol.base import End, Kind, Ok
-from walbd.protocol.transfer import Verdict, WdiffChunk, WdiffOffer, WdiffVerdict
+from walbd.protocol.base import Kind
+from walbd.protocol.transfer import Verdict, WdiffOffer, WdiffVerdict
 from walbd.proxy.config import ProxyConfig
 from walbd.proxy.probe import Prober
 from walbd.proxy.states import WDIFF_SEND
 from walbd.proxy.volume import Hop, Selection, Volume
-from walbd.units import MIB
 
 log = structlog.get_logger()
-
-_CHUNK_B: Final = 1 * MIB  # packs are gathered up to this before they are sent
-_FOREVER_S: Final = 365 * 86400.0
 
 NEVER_NEEDED: Final = frozenset({Verdict.DIFFERENT_UUID, Verdict.TOO_OLD})
 NEEDS_PERSON: Final = {
@@ -87,19 +84,19 @@ class Sender:
         self,
         env: Env,
         me: Me,
-        config: ProxyConfig,
+        config: Callable[[], ProxyConfig],
         volumes: Mapping[str, Volume],
         prober: Prober,
         *,
         n_max: int,
     ) -> None:
-        """`n_max` bounds the files of one transfer (settings, and what the system lets us open)."""
+        """`config()` is what counts now; `n_max`: see there."""
         self._env = env
         self._me = me
         self._config = config
         self._volumes = volumes
         self._prober = prober
-        self._n_max = n_max
+        self.n_max = n_max  # files of one transfer: by the settings, and by what the system lets us open
 
     async def run(self, key: SendKey) -> Again | None:
         """Send what can go as one wdiff. Raises what the scheduler should try again after."""
@@ -161,8 +158,8 @@ class Sender:
             )
 
     async def _offer(self, conn: Connection, volume: Volume, hop: Hop) -> Again | None:
-        size_max_b = self._config.wdiff_send_size_max
-        async with volume.select(hop, size_max_b=size_max_b, n_max=self._n_max) as chosen:
+        size_max_b = self._config().wdiff_send_size_max
+        async with volume.select(hop, size_max_b=size_max_b, n_max=self.n_max) as chosen:
             if chosen is None:
                 return None
             answer = await conn.call(
@@ -213,32 +210,7 @@ class Sender:
         loop = asyncio.get_running_loop()
         started = loop.time()
         pieces = merge(chosen.readers, CompressOpt.parse(hop.entry.compress), uuid=chosen.uuid)
-        size_b = 0
-        ahead = asyncio.ensure_future(self._env.pools.run(Pool.SEND, gather_pieces, pieces))
-        # An error of the archive must be seen while we send, not after all of it has gone.
-        answer = asyncio.ensure_future(conn.expect(Ok, timeout_s=_FOREVER_S))
-        try:
-            while parts := await ahead:
-                ahead = asyncio.ensure_future(self._env.pools.run(Pool.SEND, gather_pieces, pieces))
-                await conn.send(WdiffChunk(), *parts)
-                size_b += sum(map(len, parts))
-                if answer.done():
-                    await answer
-                    raise conn.unexpected(Ok())
-            await conn.send(End())
-            if not answer.done():
-                answer.cancel()  # to begin again, with a deadline; what has arrived is not lost
-                await asyncio.wait({answer})
-            await (conn.expect(Ok) if answer.cancelled() else answer)
-        except CorruptData as exc:
-            await conn.send_error(exc)
-            raise
-        finally:
-            answer.cancel()
-            await asyncio.wait({answer, ahead})  # the files are in use until then
-            for task in (answer, ahead):
-                if not task.cancelled():
-                    task.exception()  # seen
+        size_b = await send_wdiff(conn, self._env.pools, pieces)
         log.info(
             "wdiff.sent",
             diff=str(chosen.merged),
@@ -252,15 +224,4 @@ class Sender:
         if hop.error_text != text:  # not again and again
             log.error("wdiff.send_error_raised", error=text, hint=error.hint if error else "")
         hop.flag(text)
-        return Again(self._config.retry_delay_max_s)
-
-
-def gather_pieces(pieces: Iterator[bytes]) -> list[bytes]:
-    """Take pieces until they come to a good size for one message; none: the end. Blocking."""
-    taken, size_b = [], 0
-    for piece in pieces:
-        taken.append(piece)
-        size_b += len(piece)
-        if size_b >= _CHUNK_B:
-            break
-    return taken
+        return Again(self._config().retry_delay_max_s)
