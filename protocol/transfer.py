@@ -111,9 +111,13 @@ class WdiffChunk(Message):
 
 @message("backup-accepted")
 class BackupAccepted(Message):
-    """The archive will take the backup; hash backups start from `latest`."""
+    """The archive will take the backup; hash backups start from `latest`, and compare `size_lb` at least.
+
+    That is the size of the image: what a smaller device does not have is compared as zeros.
+    """
 
     latest: Snapshot | None = None
+    size_lb: U64 = 0
 
 
 @message("full-backup-offer")

@@ -35,17 +35,23 @@ class ImageSource:
 
     read: Read
     size_b: int
+    data_b: int | None = None  # from here on there is nothing to read: zeros up to `size_b`. None: no such part
     tick: Tick = nothing
     spend: Spend | None = None  # None: as fast as it goes
 
     async def read_all(self, offset_b: int, size_b: int) -> memoryview:
         """Return exactly that range; raises DiskFailed when the image ends inside it."""
-        data = await self.read(offset_b, size_b)
-        if len(data) != size_b:
+        wanted_b = size_b if self.data_b is None else max(min(size_b, self.data_b - offset_b), 0)
+        data = await self.read(offset_b, wanted_b) if wanted_b else b""
+        if len(data) != wanted_b:
             raise DiskFailed(
-                "the volume ended before its size", offset=offset_b, size_b=len(data), expected_b=size_b
+                "the volume ended before its size", offset=offset_b, size_b=len(data), expected_b=wanted_b
             )
-        return memoryview(data)
+        if wanted_b == size_b:
+            return memoryview(data)
+        padded = bytearray(size_b)
+        padded[:wanted_b] = data
+        return memoryview(padded)
 
     async def done(self, done_b: int, size_b: int, keep_alive: Callable[[], Awaitable[None]]) -> None:
         """Account for `size_b` bytes that were copied, with which `done_b` are done."""

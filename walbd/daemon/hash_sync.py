@@ -271,13 +271,14 @@ async def receive_differences(
     timer: SyncTimer,
     tick: Tick = nothing,
     pool: Pool = Pool.RECEIVE,
+    hash_pool: Pool = Pool.QUERY,
 ) -> None:
     """Serve hashes of our image, and take what differs from it, until all `size_b` bytes were compared.
 
     `read` runs in threads; what it does not return, beyond the end of the image, counts as zeros. `tick` is told
     how much was hashed. The caller sends the Ok. Raises RemoteProtocolError, and what `read` and the sink raise.
     """
-    await _Serving(conn, pools, read, sink, size_b, bulk_b, seed, timer, tick, pool).run()
+    await _Serving(conn, pools, read, sink, size_b, bulk_b, seed, timer, tick, pool, hash_pool).run()
 
 
 class _Serving:
@@ -295,6 +296,7 @@ class _Serving:
         timer: SyncTimer,
         tick: Tick,
         pool: Pool,
+        hash_pool: Pool,
     ) -> None:
         self._conn = conn
         self._pools = pools
@@ -306,6 +308,7 @@ class _Serving:
         self._timer = timer
         self._tick = tick
         self._pool = pool
+        self._hash_pool = hash_pool
         self._turns = asyncio.Semaphore(HASHES_AHEAD)
         self._wanted_b = 0  # asked for so far
         self._answered_b = 0
@@ -364,7 +367,7 @@ class _Serving:
 
     async def _hash(self, wanted: HashWanted) -> bytes:
         async with self._turns:
-            return await self._pools.run(self._pool, self._hash_range, wanted.offset_b, wanted.size_b)
+            return await self._pools.run(self._hash_pool, self._hash_range, wanted.offset_b, wanted.size_b)
 
     # in threads
 

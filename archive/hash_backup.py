@@ -1,0 +1,212 @@
+"""Taking a hash backup from a storage (docs/archive.md, "Hash backup").
+
+    hash-backup-offer -> backup-accepted    everything that can be refused is refused here, before the storage
+                                            throws its log away; the image to compare with is open
+    log-reset (uuid)  -> ok
+    the exchange      -> ok                 what differs is in an unfinished wdiff, verified and synced
+    backup-end        -> backup-done        the wdiff gets its name, and the volume its new history
+
+Until the wdiff has its name the volume is Archived at its old snapshot and in its old history, on disk and after
+any failure; the next attempt begins anew. The image that is compared is the latest snapshot, read through open
+files: wdiffs may be merged and snapshots protected meanwhile, but the base must stay as it is. So the backup is a
+Scan, too, which keeps applies out (archive/states.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+from walbd.archive.gaps import HASH_BACKUP, gaps_after
+from walbd.archive.opening import open_diffs
+from walbd.archive.pending import commit_pending
+from walbd.archive.receive import WdiffSink, grow
+from walbd.archive.slots import Slots
+from walbd.archive.states import SCAN, Command, State
+from walbd.archive.volume import Volume, check_room
+from walbd.daemon.conn import Connection, with_filler
+from walbd.daemon.env import Pool
+from walbd.daemon.hash_sync import receive_differences
+from walbd.daemon.pipeline import SyncTimer
+from walbd.daemon.tasks import uninterrupted
+from walbd.errors import Busy, Refused, RemoteProtocolError, UsageError
+from walbd.format.meta import Diff, Snapshot, hash_backup_diff, hash_backup_gid
+from walbd.format.virtual import VirtualImage
+from walbd.format.wdiff_read import WdiffReader
+from walbd.fs import File, failpoints
+from walbd.fs.disk import disk_errors
+from walbd.ids import NIL_UUID, NO_GID, parse_uuid
+from walbd.protocol.base import Kind, Ok
+from walbd.protocol.sync import HashBackupOffer
+from walbd.protocol.transfer import BackupAccepted, BackupDone, BackupEnd, LogReset
+from walbd.units import LB
+
+log = structlog.get_logger()
+
+_GID_MAX: Final = NO_GID >> 1  # leaves room for the history that goes on
+
+FP_AFTER_ACCEPT: Final = failpoints.register(
+    "archive.hash.after_accept", "Archived at the old snapshot; an unfinished file, which the next start removes"
+)
+FP_MID_SCAN: Final = failpoints.register("archive.hash.mid_scan", "the same; a part of the image is compared")
+FP_BEFORE_COMMIT: Final = failpoints.register(
+    "archive.hash.before_commit", "the same; everything that differs is in the unfinished file"
+)
+FP_BEFORE_DONE: Final = failpoints.register(
+    "archive.hash.before_done", "the backup is there; the storage was not told: it runs another one"
+)
+
+
+async def receive_hash_backup(
+    volume: Volume, slots: Slots, conn: Connection, offer: HashBackupOffer
+) -> BackupDone:
+    """Conduct a hash backup; the returned message is the last answer. A failure leaves the volume as it was."""
+    if conn.peer.kind is not Kind.STORAGE:
+        raise Refused("hash backups are taken from storages only", sender=str(conn.peer.kind))
+    if offer.size_lb == 0:
+        raise UsageError("a volume of size 0 cannot be backed up", volume=volume.name)
+    volume.check(Command.HASH_BACKUP)
+    if slots.is_full:
+        raise Busy("too many backups are running", hint="try again when one has ended", backups_max=slots.n_max)
+    with slots.turn() as turn:
+        await turn.comes()
+        step = volume.enter(Command.HASH_BACKUP)
+        try:
+            receiving = _Receiving(volume, conn, offer)
+            with volume.machine.action(SCAN, volume.place.env.clock.now()):
+                diff = await receiving.run()
+            await volume.machine.commit_step(step, _nothing_more)
+        finally:
+            volume.progress_lb = 0
+            volume.machine.leave()
+    with disk_errors(volume.directory, "acknowledge"):
+        failpoints.hit(FP_BEFORE_DONE)
+    size_b = receiving.sink.size_b
+    log.info("hash_backup.received", volume=volume.name, size_lb=offer.size_lb, diff=str(diff), size_b=size_b)
+    return BackupDone(archive_uuid=parse_uuid(volume.record.archive_uuid))
+
+
+async def _nothing_more(_to: State) -> None:
+    """The state is Archived before and after, and the wdiff is its own record."""
+
+
+class _Receiving:
+    """One hash backup that is being received; the caller holds the step."""
+
+    def __init__(self, volume: Volume, conn: Connection, offer: HashBackupOffer) -> None:
+        self._volume = volume
+        self._conn = conn
+        self._offer = offer
+        self.sink = WdiffSink(volume, None, NIL_UUID, conn.peer.node)
+
+    async def run(self) -> Diff:
+        """Do it all, up to the new snapshot; return its diff."""
+        volume, conn, pools = self._volume, self._conn, self._volume.place.env.pools
+        base: File | None = None
+        try:
+            async with volume.giving_up():
+                await volume.settle()
+                await self._make_fit()
+                latest = volume.latest.begin
+                base = await pools.run(Pool.RECEIVE, volume.place.images.open_base, volume.name)
+                async with open_diffs(volume, Pool.RECEIVE, self._choose) as opened:
+                    image = await with_filler(conn, pools.run(Pool.QUERY, self._virtual, base, opened.readers))
+                    await pools.run(Pool.RECEIVE, self._open)
+                    await conn.send(BackupAccepted(latest=latest, size_lb=volume.size_lb))
+                    await self._compare(image)
+                diff = await self._end(latest)
+            await uninterrupted(self._commit(diff))
+        finally:
+            await pools.run(Pool.RECEIVE, self._close, base)
+        return diff
+
+    async def _make_fit(self) -> None:
+        """Refuse a device that the image cannot hold, and a history that cannot go on."""
+        volume, size_lb = self._volume, self._offer.size_lb
+        if hash_backup_gid(volume.latest.begin) > _GID_MAX:
+            raise Refused("no generation is left in this history", hint="reset the volume and run a full backup")
+        if size_lb > volume.size_lb:
+            if not volume.place.config.auto_resize:
+                raise Refused(
+                    "the device is larger than the image",
+                    hint="grow the volume at the archive, or set auto_resize there",
+                    size_lb=size_lb,
+                    image_lb=volume.size_lb,
+                )
+            await grow(volume, size_lb)
+        elif size_lb < volume.size_lb:
+            log.warning("hash_backup.device_smaller", volume=volume.name, size_lb=size_lb, image_lb=volume.size_lb)
+
+    def _choose(self) -> list[Diff]:
+        """Return the diffs to see the latest snapshot through; raises NotReachable when they are too many."""
+        volume = self._volume
+        n_max = volume.place.config.open_files_max
+        return volume.diffs.to_scan(volume.base, volume.latest.begin.gid_b, n_max=n_max)
+
+    async def _compare(self, image: VirtualImage) -> None:
+        """Let the storage reset its log, and take what differs."""
+        volume, conn, config = self._volume, self._conn, self._volume.place.config
+        with disk_errors(volume.directory, "compare"):
+            failpoints.hit(FP_AFTER_ACCEPT)
+        uuid = (await conn.expect(LogReset)).uuid
+        if uuid.hex() == volume.record.uuid:
+            raise RemoteProtocolError("the log was not reset", uuid=uuid.hex())
+        self.sink.uuid = uuid
+        await conn.send(Ok())
+
+        def tick(done_b: int) -> None:
+            volume.progress_lb = done_b // LB
+
+        def read(offset_b: int, size_b: int) -> bytes:
+            with disk_errors(volume.directory, "compare"):
+                failpoints.hit(FP_MID_SCAN)
+            return image.read(offset_b, size_b)
+
+        await receive_differences(
+            conn,
+            volume.place.env.pools,
+            read,
+            self.sink,
+            size_b=image.size_b,
+            bulk_b=self._offer.bulk_b,
+            seed=self._offer.seed,
+            timer=SyncTimer(config.fsync_interval_b, config.fsync_interval_s),
+            tick=tick,
+        )
+        await conn.send(Ok())
+
+    async def _end(self, latest: Snapshot) -> Diff:
+        """Hear which snapshot it is, and return the label of the diff that leads there."""
+        taken = (await self._conn.expect(BackupEnd)).snapshot
+        if taken.gid_b != hash_backup_gid(latest) or not taken.gid_b < taken.gid_e <= _GID_MAX:
+            raise RemoteProtocolError("a hash backup ends with another snapshot", snapshot=taken, latest=latest)
+        return hash_backup_diff(latest, taken, self._offer.started)
+
+    async def _commit(self, diff: Diff) -> None:
+        """Name the file, and let the new history begin: one step, whatever is cancelled meanwhile."""
+        volume = self._volume
+        with disk_errors(volume.directory, "finish the backup"):
+            failpoints.hit(FP_BEFORE_COMMIT)
+        self.sink.diff = diff
+        gaps = gaps_after(volume, diff, cause=HASH_BACKUP)
+        await commit_pending(volume, self.sink, diff, self.sink.uuid, gaps)
+        volume.received = volume.place.env.clock.now()
+
+    # in threads
+
+    def _virtual(self, base: File, readers: Sequence[WdiffReader]) -> VirtualImage:
+        volume = self._volume
+        image = VirtualImage(base, readers, volume.size_lb * LB, check=volume.check_force)
+        image.check_inside()
+        return image
+
+    def _open(self) -> None:
+        check_room(self._volume.place)
+        self.sink.open()
+
+    def _close(self, base: File | None) -> None:
+        self.sink.close()
+        if base is not None:
+            base.close()
