@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -11,10 +12,13 @@ import click
 from walbd.cli.output import note
 from walbd.cli.walbc_app import App, WalbcCommand
 from walbd.controller.client import Client, identity
-from walbd.controller.commands import find_command
+from walbd.controller.commands import find_command, finish
+from walbd.controller.scan import image_sink
+from walbd.controller.servers import Server
 from walbd.daemon.conn import Me
 from walbd.errors import ConnectError, TimedOut, UsageError
 from walbd.protocol.codec import Message
+from walbd.protocol.maintenance import ScanBegin, VirtFullScan
 
 T = TypeVar("T")
 
@@ -44,14 +48,25 @@ def one_server(ctx: click.Context, words: tuple[str, ...]) -> None:
         request = found.request(rest)
         if app.debug:
             note(f"{s.name} <- {request}")
-        return s.kind, client.call(s, request), found
+        if isinstance(request, VirtFullScan):
+            return s.kind, scan(client, s, request, rest[0]), found
+        return s.kind, finish(client.call, s, found, client.call(s, request)), found
 
     try:
         tries = options["retry"] if options["retry"] is not None else _RETRIES
         kind, reply, found = _retried(ask, tries if words[0] in _RETRIED else 0)
     finally:
         client.close()
-    app.tell(reply, found.text(kind, reply))
+    if not isinstance(reply, ScanBegin):
+        app.tell(reply, found.text(kind, reply))
+
+
+def scan(client: Client, s: Server, request: VirtFullScan, dest: str) -> ScanBegin:
+    """Write an image to a file or device, or to standard output for `stdout`."""
+    with image_sink(sys.stdout.buffer if dest == "stdout" else dest, s.name) as sink:
+        reply = client.stream(s, request, sink.take)
+        sink.finish()
+        return reply
 
 
 def _identity(app: App, node: str) -> Me:

@@ -9,7 +9,7 @@ import click
 
 from walbd.cli.output import print_table, use_colour
 from walbd.cli.walbc_app import SERVER, SERVERS, TIMEOUT, VOL, YES, App, checked, command, sure
-from walbd.controller.commands import find_command
+from walbd.controller.commands import find_command, finish
 from walbd.controller.overview import Overview, Word, overview_lines
 from walbd.controller.replies import job_text, ltsv
 from walbd.controller.servers import Server, server_kind_to_str
@@ -17,6 +17,7 @@ from walbd.errors import NotFound, UsageError, WalbError
 from walbd.protocol import control as c
 from walbd.protocol.base import GetJobs, JobList, error_reply
 from walbd.protocol.codec import to_json_ready
+from walbd.protocol.maintenance import VirtFullScan
 from walbd.units import format_time
 
 NOT_OK = 6  # exit status of `status --check`
@@ -207,5 +208,8 @@ def on(app: App, server: str, words: tuple[str, ...]) -> None:
     """
     s = app.server(server)
     cmd, args = find_command(words, s.kind)
-    reply = app.ctl.ask(s, cmd.request(args))
+    request = cmd.request(args)
+    if isinstance(request, VirtFullScan):
+        raise UsageError("an image is not printed", hint="use `walbc scan`", command=cmd.name)
+    reply = finish(app.ctl.ask, s, cmd, app.ctl.ask(s, request))
     app.tell(reply, cmd.text(s.kind, reply))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from walbd.cli.walbc_app import SERVER, STORAGE, TIMEOUT, VOL, YES, App, command, sure
-from walbd.controller.commands import check_bulk
 from walbd.controller.constants import K_ARCHIVE
 from walbd.controller.data import SyncOpt, create_compress_opt_from_str
 from walbd.controller.servers import Server, get_server
+from walbd.controller.words import check_bulk
 from walbd.errors import WalbError
 from walbd.units import parse_size
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Final
 
 from walbd.controller import constants as k
-from walbd.controller.commands import check_bulk
 from walbd.controller.constants import K_STORAGE, SHORT_TIMEOUT_SEC, TIMEOUT_SEC
 from walbd.controller.data import SyncOpt
 from walbd.controller.feeding import Feeding
 from walbd.controller.queries import require_state
 from walbd.controller.servers import Server
 from walbd.controller.verify import verify_size_unit, verify_timeout, verify_type
+from walbd.controller.words import check_bulk
 from walbd.errors import Busy, TimedOut, WalbError
 from walbd.protocol import control as c
 from walbd.protocol.base import JobAccepted

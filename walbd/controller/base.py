@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
-from walbd.controller.client import DEFAULT_TIMEOUT_S, Calls, Client, Take, identity, local_error, patience_s
+from walbd.controller.client import DEFAULT_TIMEOUT_S, Calls, Client, Take, ended_job, identity, patience_s
 from walbd.controller.commands import run_command
 from walbd.controller.constants import K_ARCHIVE, K_PROXY, K_STORAGE, STEP_TIMEOUT_SEC
 from walbd.controller.progress import Progress, ShowProgress, ignore_progress
@@ -22,9 +22,7 @@ from walbd.errors import (
     BadState,
     Busy,
     ConnectError,
-    ForceStopped,
     NotFound,
-    RemoteError,
     TimedOut,
     WalbError,
 )
@@ -68,6 +66,7 @@ class Base:
         )
         self._stops: dict[tuple[str, str], int] = {}  # (server, volume): the job of the last stop
         self._restores: dict[tuple[str, str, int], int] = {}  # (server, volume, gid): the job of a restore
+        self._replications: dict[tuple[str, str, str], int] = {}  # (source, volume, destination): its job
 
     def set_server_layout(self, sLayout: ServerLayout) -> None:
         """Use another layout from now on. It changes whom the controller asks, nothing at servers."""
@@ -249,7 +248,7 @@ class Base:
                 shown = self._progress_of(s, seen, job, what, vol, self.calls.now() - began, note)
                 self.progress(shown)
                 if seen is not None and not note and seen.state is not JobState.RUNNING:
-                    return self._ended(s, seen)
+                    return ended_job(s, seen)
                 if left <= 0:
                     raise self._timed_out(f"job {job}", timeoutS, s, vol, None, job=job)
         finally:
@@ -286,17 +285,6 @@ class Base:
         """Check the arguments that nearly every method has."""
         verify_server_kind(s, kinds or (K_STORAGE, K_PROXY, K_ARCHIVE))
         verify_volume(vol)
-
-    @staticmethod
-    def _ended(s: Server, job: JobInfo) -> JobInfo:
-        """Return a job that is done; raise the error of any other."""
-        if job.state is JobState.DONE:
-            return job
-        facts: dict[str, Any] = {"server": s.name, "volume": job.volume, "job": job.job, "name": job.name}
-        if job.state is JobState.CANCELLED:
-            raise ForceStopped("the work was given up, as the daemon ended", **facts)
-        error = RemoteError(job.error_code or "internal", job.error or "the job failed", hint=job.hint, **facts)
-        raise local_error(error, s.name)
 
     @staticmethod
     def _progress_of(

@@ -22,6 +22,7 @@ from walbd.daemon.env import Env, Pool
 from walbd.daemon.net import Address
 from walbd.errors import (
     ConnectError,
+    ForceStopped,
     NotSupported,
     Refused,
     RemoteError,
@@ -30,7 +31,7 @@ from walbd.errors import (
     WalbError,
 )
 from walbd.ids import node_name
-from walbd.protocol.base import End, Kind, WaitJob
+from walbd.protocol.base import End, JobInfo, JobState, Kind, WaitJob
 from walbd.protocol.codec import Message, Request
 from walbd.protocol.control import ClearVol, FullBackup, GcDiff, GetHostType, HashBackup, ResetVol
 from walbd.protocol.maintenance import Replicate
@@ -278,6 +279,17 @@ def local_error(error: RemoteError, server: str) -> WalbError:
         if cls is not None:
             return cls(error.message, hint=error.hint, **facts)
     return RemoteError(error.remote_code, error.message, hint=error.hint, **facts)
+
+
+def ended_job(s: Server, job: JobInfo) -> JobInfo:
+    """Return a job that is done; raise the error of any other that has ended."""
+    if job.state is JobState.DONE:
+        return job
+    facts: dict[str, Any] = {"server": s.name, "volume": job.volume, "job": job.job, "name": job.name}
+    if job.state is JobState.CANCELLED:
+        raise ForceStopped("the work was given up, as the daemon ended", **facts)
+    error = RemoteError(job.error_code or "internal", job.error or "the job failed", hint=job.hint, **facts)
+    raise local_error(error, s.name)
 
 
 def _class_of(code: str, root: type[WalbError]) -> type[WalbError] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from walbd.controller.images import Images
+from walbd.controller.replication import Replication
+from walbd.controller.settings import Settings
 
 
-class Controller(Images):
+class Controller(Replication, Settings):
     """Operations on a backup group.
 
     ``Controller(controllerPath, sLayout, isDebug=False, timeoutS=0)``: `controllerPath` is accepted for scripts

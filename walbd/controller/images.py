@@ -1,8 +1,8 @@
-"""Snapshots, restoring them, and applying diffs. Source: docs/controller.md, "Snapshots and images"."""
+"""Snapshots, and restoring them. Source: docs/controller.md, "Snapshots and images"."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from walbd.controller import constants as k
@@ -11,8 +11,10 @@ from walbd.controller.constants import K_ARCHIVE, K_STORAGE, SHORT_TIMEOUT_SEC, 
 from walbd.controller.queries import require_state
 from walbd.controller.servers import Server, ServerParams, verify_server_kind
 from walbd.controller.verify import verify_timeout, verify_type, verify_u64
-from walbd.errors import AlreadyExists, ConnectError, NotFound, Refused, TimedOut, UsageError, WalbError
+from walbd.errors import AlreadyExists, ConnectError, NotFound, Refused, TimedOut, WalbError
 from walbd.protocol import control as c
+from walbd.protocol.base import JobInfo, Ok
+from walbd.protocol.codec import Request
 
 _DEL_TRIES: Final = 3
 
@@ -98,8 +100,9 @@ class Images(Backup):
         verify_u64(gid)
         verify_timeout(timeoutS)
         job = self._restores.pop((ax.name, vol, gid), None)
-        ended = self.wait_for_job(ax, job, timeoutS, vol=vol, what="restore") if job is not None else None
-        if ended is None:
+        if job is not None:
+            self._wait_for_action(ax, vol, job, k.aaRestore, "restore", timeoutS)
+        else:
             self._wait_for_no_action(ax, vol, k.aaRestore, timeoutS)
         gids = self.wait_until("the list of images", lambda: self.get_restored(ax, vol), timeoutS, s=ax, vol=vol)
         if gid not in gids:
@@ -113,66 +116,7 @@ class Images(Backup):
 
     def del_restored(self, ax: Server, vol: str, gid: int) -> None:
         """Remove a restored image; up to three tries, one second apart. One that is gone meanwhile is fine."""
-        self._check(ax, vol, K_ARCHIVE)
-        verify_u64(gid)
-        if gid not in self.get_restored(ax, vol):
-            raise NotFound("there is no such image", server=ax.name, volume=vol, gid=gid)
-        for tries in range(_DEL_TRIES):
-            try:
-                self.ask(ax, c.DelRestored(volume=vol, gid=gid))
-                break
-            except NotFound:
-                break
-            except WalbError:
-                if self._is_gone(ax, vol, gid):
-                    break
-                if tries + 1 == _DEL_TRIES:
-                    raise
-                self.calls.sleep(1)
-        self.wait_until(
-            f"image {gid} to be removed",
-            lambda: True if gid not in self.get_restored(ax, vol) else None,
-            SHORT_TIMEOUT_SEC,
-            s=ax,
-            vol=vol,
-        )
-
-    def apply(self, ax: Server, vol: str, gid: int, timeoutS: float = TIMEOUT_SEC) -> None:
-        """Write the diffs up to a generation into the base image: all snapshots before it vanish.
-
-        The generation must be the end of a diff that continues the base.
-        """
-        self._check(ax, vol, K_ARCHIVE)
-        verify_u64(gid)
-        verify_timeout(timeoutS)
-        ends = [diff.E.gidB for diff in self.get_applicable_diff_list(ax, vol)]
-        if gid not in ends:
-            raise UsageError(
-                "no diff that continues the base ends at this generation",
-                hint=f"ends: {_some(ends)}",
-                server=ax.name,
-                volume=vol,
-                gid=gid,
-            )
-        job = self.ask(ax, c.Apply(volume=vol, gid=gid)).job
-        if self.wait_for_job(ax, job, timeoutS, vol=vol, what="apply") is None:
-            self._wait_for_no_action(ax, vol, k.aaApply, timeoutS)
-        base = self.get_base(ax, vol)
-        gids = self.get_restorable_gid(ax, vol, "all")
-        if base.is_applying() or base.B.gidB < gid or (gids and gids[0] < gid):
-            raise Refused(
-                "the apply has ended before its goal",
-                hint="call apply again; the log of the archive says why",
-                server=ax.name,
-                volume=vol,
-                gid=gid,
-                base=str(base),
-            )
-
-    def gc_diff(self, ax: Server, vol: str) -> int:
-        """Remove the diffs that no restore point needs; returns how many there were."""
-        self._check(ax, vol, K_ARCHIVE)
-        return self.ask(ax, c.GcDiff(volume=vol)).tasks
+        self._del_image(ax, vol, gid, c.DelRestored(volume=vol, gid=gid), self.get_restored)
 
     # Inner parts
 
@@ -185,14 +129,51 @@ class Images(Backup):
             vol=vol,
         )
 
-    def _is_gone(self, ax: Server, vol: str, gid: int) -> bool:
-        try:
-            return gid not in self.get_restored(ax, vol)
-        except (ConnectError, TimedOut):
-            return False
+    def _wait_for_action(
+        self, ax: Server, vol: str, job: int, action: str, what: str, timeoutS: float
+    ) -> JobInfo | None:
+        """Wait for the end of a job; when the archive has forgotten it, until no such action runs."""
+        ended = self.wait_for_job(ax, job, timeoutS, vol=vol, what=what)
+        if ended is None:
+            self._wait_for_no_action(ax, vol, action, timeoutS)
+        return ended
 
+    def _del_image(
+        self,
+        ax: Server,
+        vol: str,
+        gid: int,
+        request: Request[Ok],
+        list_images: Callable[[Server, str], list[int]],
+    ) -> None:
+        """Remove an image that `list_images` lists, and wait until it does so no more."""
+        self._check(ax, vol, K_ARCHIVE)
+        verify_u64(gid)
+        if gid not in list_images(ax, vol):
+            raise NotFound("there is no such image", server=ax.name, volume=vol, gid=gid)
 
-def _some(gids: Sequence[int], n: int = 10) -> str:
-    """Write a few of many numbers, the last ones."""
-    shown = ", ".join(str(gid) for gid in gids[-n:]) or "none"
-    return f"..., {shown}" if len(gids) > n else shown
+        def is_gone() -> bool:
+            try:
+                return gid not in list_images(ax, vol)
+            except (ConnectError, TimedOut):
+                return False
+
+        for tries in range(_DEL_TRIES):
+            try:
+                self.ask(ax, request)
+                break
+            except NotFound:
+                break
+            except WalbError:
+                if is_gone():
+                    break
+                if tries + 1 == _DEL_TRIES:
+                    raise
+                self.calls.sleep(1)
+        self.wait_until(
+            f"image {gid} to be removed",
+            lambda: True if gid not in list_images(ax, vol) else None,
+            SHORT_TIMEOUT_SEC,
+            s=ax,
+            vol=vol,
+        )

@@ -32,6 +32,7 @@ from walbd.controller.servers import Server, ServerParams, server_kind_to_str, v
 from walbd.controller.verify import verify_gid_range, verify_timeout, verify_type, verify_u64, verify_volume
 from walbd.errors import BadState, NotFound, UsageError, WalbError, WlogOverflow
 from walbd.protocol import control as c
+from walbd.protocol import maintenance as m
 from walbd.protocol.base import GetJobs, JobInfo
 
 Action = tuple[int, dt.datetime | None]  # how many run, and when the last began
@@ -276,17 +277,21 @@ class Queries(Base):
 
     def get_num_diff(self, ax: Server, vol: str, gid0: int = 0, gid1: int = UINT64_MAX) -> int:
         """Return how many diffs `get_diff_list` would list."""
-        return len(self.get_diff_list(ax, vol, gid0, gid1))
+        self._check(ax, vol, K_ARCHIVE)
+        verify_gid_range(gid0, gid1, "bad range of diffs")
+        return self.ask(ax, m.GetNumDiff(volume=vol, gid_b=gid0, gid_e=gid1)).value
 
     def get_total_diff_size(self, ax: Server, vol: str, gid0: int = 0, gid1: int = UINT64_MAX) -> int:
         """Return the size of these diffs [byte]."""
-        return sum(diff.dataSize for diff in self.get_diff_list(ax, vol, gid0, gid1))
+        self._check(ax, vol, K_ARCHIVE)
+        verify_gid_range(gid0, gid1, "bad range of diffs")
+        return self.ask(ax, m.GetTotalDiffSize(volume=vol, gid_b=gid0, gid_e=gid1)).value
 
     def exists_diff(self, ax: Server, vol: str, gidB: int, gidE: int) -> bool:
         """Say whether there is a clean diff from exactly gidB to exactly gidE."""
-        verify_gid_range(gidB, gidE, "bad diff")
-        wanted = (Snapshot(gidB, gidB), Snapshot(gidE, gidE))
-        return any(wanted == (diff.B, diff.E) for diff in self.get_diff_list(ax, vol))
+        self._check(ax, vol, K_ARCHIVE)
+        diff = Diff(Snapshot(gidB, gidB), Snapshot(gidE, gidE))
+        return self.ask(ax, m.GetExistsDiff(volume=vol, diff=diff.to_meta())).value
 
     def get_restorable(self, ax: Server, vol: str, opt: str = "") -> list[GidInfo]:
         """Return the explicit restore points and the latest one, ascending; with opt 'all' every one.

@@ -11,6 +11,7 @@ from walbd.controller.servers import server_kind_to_str
 from walbd.errors import UsageError
 from walbd.ids import NO_GID
 from walbd.protocol import control as c
+from walbd.protocol import maintenance as m
 from walbd.protocol.base import JobAccepted, JobInfo, JobList, JobState, Ok
 from walbd.protocol.codec import Message, to_json_ready
 from walbd.units import format_time
@@ -115,6 +116,44 @@ def ts_delta_dict(kind: int, row: c.TsDelta) -> dict[str, Any]:
     }
 
 
+def bases_text(_kind: int, reply: c.StatusReply) -> str:
+    """Write the base state of each volume that has one."""
+    return lines(ltsv(name=v.volume, metastate=v.base) for v in reply.volumes if v.base)
+
+
+def fact_text(name: str) -> Callable[[int, c.StatusReply], str]:
+    """Return a writer of one setting of a server; empty where there is none."""
+    return lambda _kind, reply: str(reply.server.get(name) or "")
+
+
+def gap_text(gap: m.Gap) -> str:
+    """Write a gap as `GIDB TIME GIDE TIME CAUSE`; `---` for the end of one that is open."""
+    end = f"{gap.gid_e} {format_time(gap.end)}" if gap.end else "--- ---"
+    return f"{gap.gid_b} {format_time(gap.begin)} {end} {gap.cause}"
+
+
+def _replicas(reply: m.ReplicaPositions) -> str:
+    return lines(
+        ltsv(
+            name=row.node,
+            address=row.address,
+            gid=row.gid,
+            timestamp=format_time(row.timestamp),
+            seen=format_time(row.seen),
+            failures=row.failures,
+            error=row.error,
+        )
+        for row in reply.rows
+    )
+
+
+def reloaded_lines(reply: m.Reloaded) -> list[str]:
+    """Write what a reload did: `applied NAME` and `needs-restart NAME` lines."""
+    return [f"applied {name}" for name in reply.applied] + [
+        f"needs-restart {name}" for name in reply.needs_restart
+    ]
+
+
 def _version(reply: c.VersionInfo) -> str:
     return ltsv(
         version=reply.version,
@@ -166,4 +205,7 @@ SHOW: Final[dict[type[Message], Callable[[Any], str]]] = {
     c.BaseValue: lambda reply: reply.base.describe(),
     c.SnapshotValue: lambda reply: str(reply.snapshot),
     c.StatusReply: _status,
+    m.Gaps: lambda reply: lines(map(gap_text, reply.gaps)),
+    m.ReplicaPositions: _replicas,
+    m.Reloaded: lambda reply: lines(reloaded_lines(reply)),
 }
