@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from walbd.archive.apply import plan_apply, run_apply
 from walbd.archive.config import ArchiveConfig
 from walbd.archive.full_backup import receive_full_backup
 from walbd.archive.gc_diff import gc_diffs
+from walbd.archive.hash_backup import receive_hash_backup
 from walbd.archive.images.file_store import FileStore
 from walbd.archive.images.store import ImageStore
 from walbd.archive.queries import Queries, known
@@ -34,6 +36,7 @@ from walbd.daemon.jobs import Jobs
 from walbd.daemon.logs import error_fields
 from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
 from walbd.daemon.net import Address
+from walbd.daemon.reload import Settings, follow_common
 from walbd.daemon.server import Handler, Server
 from walbd.daemon.states import StopMode
 from walbd.daemon.tasks import uninterrupted
@@ -42,6 +45,8 @@ from walbd.fs import File
 from walbd.protocol import control as c
 from walbd.protocol.base import Fact, JobAccepted, Kind, Ok
 from walbd.protocol.codec import Request
+from walbd.protocol.maintenance import Reloaded
+from walbd.protocol.sync import HashBackupOffer
 from walbd.protocol.transfer import BackupDone, FullBackupOffer, WdiffOffer, WdiffVerdict
 
 log = structlog.get_logger()
@@ -51,8 +56,15 @@ class ArchiveServer:
     """One archive daemon, from `start` to `stop` (walbd.daemon.main.Daemon)."""
 
     def __init__(
-        self, config: ArchiveConfig, env: Env, shutdown: Shutdown, *, images: ImageStore | None = None
+        self,
+        config: ArchiveConfig,
+        env: Env,
+        shutdown: Shutdown,
+        *,
+        images: ImageStore | None = None,
+        read: Callable[[], ArchiveConfig] | None = None,
     ) -> None:
+        """`read()` reads the configuration again (`walbd.daemon.reload`)."""
         self.volumes: dict[str, Volume] = {}
         self.jobs = Jobs(env.clock)
         self._config = config
@@ -67,11 +79,30 @@ class ArchiveServer:
         self._maintenance = Slots(config.maintain_max)
         self._starter = Starter(self.jobs, self._maintenance, env.clock)
         self._me = identity(config, Kind.ARCHIVE)
-        common = CommonRequests(self._me, self.jobs, self.volumes, shutdown, lambda: self._server.stats)
+        self.settings = Settings(config, env, read)
+        common = CommonRequests(
+            self._me, self.jobs, self.volumes, shutdown, lambda: self._server.stats, self.settings
+        )
         self._server = Server(
             env, self._me, {**common.handlers(), **self._handlers()}, connections_max=config.connections_max
         )
         self._lock: File | None = None
+        follow_common(self.settings, self._me, self._server)
+        self.settings.follow(self._follow)
+
+    async def reload(self) -> Reloaded:
+        """Use the settings as they are in the configuration now."""
+        return await self.settings.reload()
+
+    def _follow(self, _old: ArchiveConfig, new: ArchiveConfig) -> None:
+        """Take over changed settings: most are asked for in `place.config` when they are needed."""
+        self.place.config = new
+        limits = ((self._wdiffs, new.wdiffs_max), (self._backups, new.backups_max))
+        for slots, n_max in (*limits, (self._maintenance, new.maintain_max)):
+            slots.n_max = n_max
+            slots.changed.set()
+        if isinstance(self.place.images, FileStore):
+            self.place.images.free_reserve_b = new.free_reserve_b
 
     @property
     def addresses(self) -> list[Address]:
@@ -141,6 +172,7 @@ class ArchiveServer:
             c.Apply: self._apply,
             c.GcDiff: self._gc_diff,
             FullBackupOffer: self._full_backup,
+            HashBackupOffer: self._hash_backup,
             WdiffOffer: self._wdiff,
         }
 
@@ -203,6 +235,10 @@ class ArchiveServer:
         volume = known(self.volumes, request.volume, Command.FULL_BACKUP)
         return await receive_full_backup(volume, self._backups, conn, request)
 
+    async def _hash_backup(self, conn: Connection, request: HashBackupOffer) -> BackupDone:
+        volume = known(self.volumes, request.volume, Command.HASH_BACKUP)
+        return await receive_hash_backup(volume, self._backups, conn, request)
+
     async def _wdiff(self, conn: Connection, request: WdiffOffer) -> WdiffVerdict | Ok:
         return await receive_wdiff(self.volumes, self.place, self._wdiffs, conn, request)
 
@@ -216,8 +252,8 @@ class ArchiveServer:
         return {
             "base_dir": self._config.base_dir,
             **await free_space(self._env, self._base_dir),
-            "free_reserve_b": self._config.free_reserve_b,
-            "auto_resize": self._config.auto_resize,
+            "free_reserve_b": self.place.config.free_reserve_b,
+            "auto_resize": self.place.config.auto_resize,
             "wdiffs_receiving": self._wdiffs.running,
             "wdiffs_waiting": self._wdiffs.waiting,
             "backups_receiving": self._backups.running,

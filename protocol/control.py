@@ -635,6 +635,7 @@ class VolumeStatus(msgspec.Struct, frozen=True, kw_only=True):
     log_capacity_pb: int = 0
     pbs: int = 0
     lag_lb: int = 0  # storage: written to the log and not yet delivered
+    waiting_since: int = 0  # storage: when the oldest of it was first seen [unix s]
     done_gid: int = 0
     done_time: int = 0  # storage: time of the newest delivered snapshot
     latest_gid: int = 0
@@ -646,6 +647,7 @@ class VolumeStatus(msgspec.Struct, frozen=True, kw_only=True):
     base: str = ""
     restorable: int = 0
     restored: list[int] = []
+    verified: int = 0  # archive: when the last scrub that found no damage began
     hops: list[HopStatus] = []
     error: str = ""
     lost: str = ""  # storage: why the log does not continue what was delivered: a code, or nothing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Final
 
 from walbd.daemon.conn import Connection
 from walbd.daemon.jobs import Job, Jobs
@@ -32,6 +32,9 @@ from walbd.proxy.queue import SendQueue
 from walbd.proxy.states import WDIFF_SEND, Command, State, nothing_to_save
 from walbd.proxy.volume import Volume
 from walbd.units import size_lb
+
+_SENDING: Final = "sending what waits"
+_PHASE_LEN_MAX: Final = 500
 
 
 class Commands:
@@ -172,10 +175,12 @@ class Commands:
         try:
             self._sends.hurry(volume)
             total = unsent_count(volume)
-            job.begin("sending what waits", total, "wdiffs")
+            job.begin(_SENDING, total, "wdiffs")
             while volume.unsent and not volume.forced and not self._closing:
                 await machine.changed.next()
                 job.progress(max(total - unsent_count(volume), 0))
+                job.explain(why_unsent(volume))
+            job.explain("waiting for running transfers")
             await machine.changed.wait_for(lambda: not machine.running(WDIFF_SEND))
             if volume.unsent and not volume.forced:
                 raise Stopping("the daemon ends before everything was sent", hint="repeat it after the start")
@@ -213,6 +218,12 @@ def check_info(info: ArchiveInfo) -> None:
     if (address := parse_address(info.address)).port == 0 and not address.path:
         raise UsageError("an archive has no port 0", address=info.address)
     CompressOpt.parse(info.compress)
+
+
+def why_unsent(volume: Volume) -> str:
+    """Return what a stop that sends everything first does now, with what hinders it."""
+    why = [f"{hop.archive}: {hop.error_text}" for hop in volume.hops.values() if hop.diffs and hop.error_text]
+    return f"{_SENDING} ({'; '.join(sorted(why))})"[:_PHASE_LEN_MAX] if why else _SENDING
 
 
 def unsent_count(volume: Volume) -> int:

@@ -15,6 +15,7 @@ from walbd.daemon.net import parse_address
 from walbd.daemon.tasks import Signal
 from walbd.errors import ConnectError, TimedOut, WalbError, code_of
 from walbd.protocol.control import GetHostType
+from walbd.proxy.config import ProxyConfig
 
 log = structlog.get_logger()
 
@@ -29,16 +30,18 @@ class Prober:
     """
 
     def __init__(
-        self, env: Env, me: Me, interval_s: float, wanted: Callable[[str], bool], back: Callable[[str], object]
+        self,
+        env: Env,
+        me: Me,
+        config: Callable[[], ProxyConfig],
+        wanted: Callable[[str], bool],
+        back: Callable[[str], object],
     ) -> None:
-        """`wanted(address)`: something waits for it; `back(address)` is called when it has answered."""
+        """`config()` is what counts now; `wanted(address)`: something waits for it; `back(address)` is called
+        when it has answered."""
         self._env = env
-        self._me = dataclasses.replace(
-            me,
-            io_timeout_s=min(me.io_timeout_s, _TIMEOUT_S),
-            connect_timeout_s=min(me.connect_timeout_s, _TIMEOUT_S),
-        )
-        self._interval_s = interval_s
+        self._me = me
+        self._config = config
         self._wanted = wanted
         self._back = back
         self._down: set[str] = set()
@@ -63,7 +66,7 @@ class Prober:
         """Look for what is down until cancelled."""
         while True:
             await self._changed.wait_for(lambda: bool(self._down))
-            await asyncio.sleep(self._interval_s)
+            await asyncio.sleep(self._config().probe_interval_s)
             self._down = {address for address in self._down if self._wanted(address)}
             async with asyncio.TaskGroup() as tasks:
                 for address in self._down:
@@ -71,7 +74,12 @@ class Prober:
 
     async def _probe(self, address: str) -> None:
         try:
-            await call(self._env, self._me, parse_address(address), GetHostType())
+            me = dataclasses.replace(
+                self._me,
+                io_timeout_s=min(self._me.io_timeout_s, _TIMEOUT_S),
+                connect_timeout_s=min(self._me.connect_timeout_s, _TIMEOUT_S),
+            )
+            await call(self._env, me, parse_address(address), GetHostType())
         except (ConnectError, TimedOut):
             return
         except WalbError as exc:

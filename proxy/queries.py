@@ -51,13 +51,13 @@ class Queries:
         self,
         env: Env,
         me: Me,
-        config: ProxyConfig,
+        config: Callable[[], ProxyConfig],
         volumes: Mapping[str, Volume],
         find: Callable[[str], Volume],
         scheduler: Scheduler[SendKey],
         receiver: Receiver,
     ) -> None:
-        """`find(name)` returns a volume, a Clear one for an unknown name."""
+        """`config()` is what counts now; `find(name)` returns a volume, a Clear one for an unknown name."""
         self._env = env
         self._me = me
         self._config = config
@@ -143,7 +143,7 @@ class Queries:
         return [volume for _, volume in sorted(self._volumes.items())]
 
     async def _server_facts(self) -> dict[str, Fact]:
-        config = self._config
+        config = self._config()
         return {
             "base_dir": config.base_dir,
             "wdiff_send_size_max": config.wdiff_send_size_max,

@@ -42,11 +42,12 @@ class Receiver:
     def __init__(
         self,
         env: Env,
-        config: ProxyConfig,
+        config: Callable[[], ProxyConfig],
         find: Callable[[str], Volume],
         received: Callable[[Volume], None],
     ) -> None:
-        """`find(name)` returns a volume, a Clear one for an unknown name; `received(volume)` queues its sends."""
+        """`config()` is what counts now; `find(name)` returns a volume, a Clear one for an unknown name;
+        `received(volume)` queues its sends."""
         self._env = env
         self._config = config
         self._find = find
@@ -80,11 +81,11 @@ class Receiver:
 
     @contextmanager
     def _slot(self, promised_b: int) -> Iterator[None]:
-        if self.running >= self._config.receives_max:
+        if self.running >= self._config().receives_max:
             raise Busy(
                 "too many wlogs are being received",
                 hint="try another proxy, or later",
-                receives_max=self._config.receives_max,
+                receives_max=self._config().receives_max,
             )
         self._promised_b.append(promised_b)
         try:
@@ -94,9 +95,9 @@ class Receiver:
 
     async def _check_space(self) -> None:
         """Raise DiskFull unless all the log that was promised would fit, even if nothing of it can be packed."""
-        base = Path(self._config.base_dir)
+        base = Path(self._config().base_dir)
         free_b = await self._env.pools.run(Pool.RECORD, self._env.fs.free_b, base)
-        wanted_b = sum(self._promised_b) + self._config.free_reserve_b
+        wanted_b = sum(self._promised_b) + self._config().free_reserve_b
         if free_b < wanted_b:
             raise DiskFull(
                 "there is not enough space for the wlog",

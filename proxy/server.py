@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -17,12 +18,14 @@ from walbd.daemon.jobs import Jobs
 from walbd.daemon.logs import error_fields
 from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
 from walbd.daemon.net import Address
-from walbd.daemon.scheduler import RetryPolicy, Scheduler
+from walbd.daemon.reload import Settings, follow_common, retry_policy
+from walbd.daemon.scheduler import Scheduler
 from walbd.daemon.server import Server
 from walbd.errors import WalbError
 from walbd.fs import File
 from walbd.ids import volume_name
 from walbd.protocol.base import Kind
+from walbd.protocol.maintenance import Reloaded
 from walbd.protocol.transfer import WlogOffer
 from walbd.proxy.commands import Commands
 from walbd.proxy.config import ProxyConfig
@@ -42,26 +45,31 @@ _OTHER_FILES: Final = 512  # descriptors for everything but the wdiffs of transf
 class ProxyServer:
     """A proxy: takes wlogs from storages, keeps them as wdiffs, sends these to archives."""
 
-    def __init__(self, config: ProxyConfig, env: Env, shutdown: Shutdown) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: ProxyConfig,
+        env: Env,
+        shutdown: Shutdown,
+        *,
+        read: Callable[[], ProxyConfig] | None = None,
+    ) -> None:
+        """`read()` reads the configuration again (`walbd.daemon.reload`)."""
+        self.config = config  # as at the start
+        self.settings = Settings(config, env, read)
         self.env = env
         self.volumes: dict[str, Volume] = {}
         me = identity(config, Kind.PROXY)
         self.jobs = Jobs(env.clock)
-        n_max = open_files_per_send(config.sends_max, config.wdiff_send_count_max)
-        self.prober = Prober(env, me, config.probe_interval_s, self._is_wanted, self._archive_is_back)
-        sender = Sender(env, me, config, self.volumes, self.prober, n_max=n_max)
+        self.prober = Prober(env, me, self._current, self._is_wanted, self._archive_is_back)
+        self.sender = Sender(env, me, self._current, self.volumes, self.prober, n_max=files_per_send(config))
         self.scheduler: Scheduler[SendKey] = Scheduler(
-            sender.run,
-            workers=config.sends_max,
-            retry=RetryPolicy(config.retry_delay_min_s, config.retry_delay_max_s),
-            name="wdiff-send",
+            self.sender.run, workers=config.sends_max, retry=retry_policy(config), name="wdiff-send"
         )
         self.sends = SendQueue(self.scheduler, self.prober)
-        self.receiver = Receiver(env, config, self.find, self.sends.push)
+        self.receiver = Receiver(env, self._current, self.find, self.sends.push)
         self.commands = Commands(self.volumes, self.find, self.sends, self.jobs)
-        common = CommonRequests(me, self.jobs, self.volumes, shutdown, lambda: self.server.stats)
-        queries = Queries(env, me, config, self.volumes, self.find, self.scheduler, self.receiver)
+        common = CommonRequests(me, self.jobs, self.volumes, shutdown, lambda: self.server.stats, self.settings)
+        queries = Queries(env, me, self._current, self.volumes, self.find, self.scheduler, self.receiver)
         self.server = Server(
             env,
             me,
@@ -74,6 +82,20 @@ class ProxyServer:
             connections_max=config.connections_max,
         )
         self._lock_file: File | None = None
+        follow_common(self.settings, me, self.server)
+        self.settings.follow(self._follow)
+
+    def _current(self) -> ProxyConfig:
+        return self.settings.current
+
+    async def reload(self) -> Reloaded:
+        """Use the settings as they are in the configuration now."""
+        return await self.settings.reload()
+
+    def _follow(self, _old: ProxyConfig, new: ProxyConfig) -> None:
+        """Take over changed settings: most are asked for when they are needed."""
+        self.scheduler.adjust(workers=new.sends_max, retry=retry_policy(new))
+        self.sender.n_max = files_per_send(new)
 
     def find(self, name: str) -> Volume:
         """Return a volume; for an unknown name a Clear one that is not kept. Raises UsageError for a bad name."""
@@ -152,15 +174,13 @@ class ProxyServer:
         self.scheduler.hurry_waiting(waits_for_it)
 
 
-def open_files_per_send(sends: int, wanted: int) -> int:
-    """Return how many wdiffs one transfer may open, after asking the system for as many as all of them want."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def files_per_send(config: ProxyConfig) -> int:
+    """Return how many wdiffs one transfer may open, so that all transfers together keep to the system's limit."""
+    sends, wanted = config.sends_max, config.wdiff_send_count_max
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = _OTHER_FILES + sends * wanted
-    if soft != resource.RLIM_INFINITY and soft < need:
-        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        if soft < need:
-            per_send = max((soft - _OTHER_FILES) // sends, 16)
-            log.warning("daemon.few_files", limit=soft, wanted=need, wdiffs_per_transfer=per_send)
-            return min(per_send, wanted)
-    return wanted
+    if limit == resource.RLIM_INFINITY or limit >= need:
+        return wanted
+    per_send = min(max((limit - _OTHER_FILES) // sends, 16), wanted)
+    log.warning("daemon.few_files", limit=limit, wanted=need, wdiffs_per_transfer=per_send)
+    return per_send

@@ -297,8 +297,6 @@ class Volume:
                 stored = dataclasses.replace(diff, size_b=converter.wdiff_b)
                 self.received.put(stored, self._receipts)
                 self.last_received = self._env.clock.now()
-                for hop in self.hops.values():
-                    hop.needs_person = False
                 await self._link_received()
                 return stored
 

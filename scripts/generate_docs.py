@@ -90,6 +90,9 @@ A daemon reads one TOML file (`--config FILE`); every setting is also an option 
 (`io_timeout_s` is `--io-timeout-s`). Sizes are bytes, or text with a binary suffix: `"128MiB"`. Lists on the
 command line are separated by commas. Unknown settings are refused. Samples: `packaging/*.sample.toml`.
 
+*Live* settings are changed in the running daemon by `walbc reload` or SIGHUP; the others count from the next start
+on ([operations.md](operations.md), "Changing settings").
+
 ## All daemons
 
 """
@@ -112,7 +115,8 @@ def settings_table(rows: list[Setting]) -> str:
         return str(row.default) if row.default not in ("", []) else "-"
 
     return table(
-        ["setting", "default", "meaning"], ([f"`{row.name}`", default(row), row.description] for row in rows)
+        ["setting", "default", "live", "meaning"],
+        ([f"`{row.name}`", default(row), "live" if row.live else "-", row.description] for row in rows),
     )
 
 

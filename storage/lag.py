@@ -13,6 +13,7 @@ import structlog
 
 from walbd.daemon.conn import dial
 from walbd.daemon.logs import error_fields
+from walbd.daemon.tasks import Signal
 from walbd.errors import RemoteProtocolError, WalbError
 from walbd.ids import NO_GID
 from walbd.protocol.control import TsDelta
@@ -34,12 +35,28 @@ class Lag:
         self._shared = shared
         self._volumes = volumes
         self._failed = False
+        self._changed = Signal()
+        self._hurried = False
+
+    def follow(self, *, compare_now: bool) -> None:
+        """Take over changed settings; with another archive its rows are asked for at once."""
+        if compare_now:
+            self.rows, self._hurried, self._failed = [], True, False
+        self._changed.set()
 
     async def run(self) -> None:
         """Compare for ever."""
-        interval_s = self._shared.config.ts_delta_interval_s
-        await asyncio.sleep(min(FIRST_S, interval_s))
+        loop = asyncio.get_running_loop()
+        last = loop.time() - self._interval_s + min(FIRST_S, self._interval_s)
         while True:
+            self._hurried = False
+            while not self._hurried and (wait_s := last + self._interval_s - loop.time()) > 0:
+                try:
+                    async with asyncio.timeout(wait_s):
+                        await self._changed.next()
+                except TimeoutError:
+                    pass
+            last = loop.time()
             try:
                 await self.compare()
                 self._failed = False
@@ -47,7 +64,10 @@ class Lag:
                 if not self._failed:  # once, not every minute of an outage
                     log.warning("lag.not_compared", **error_fields(exc))
                 self._failed = True
-            await asyncio.sleep(interval_s)
+
+    @property
+    def _interval_s(self) -> float:
+        return self._shared.config.ts_delta_interval_s
 
     async def compare(self) -> None:
         """Ask the archive once. Raises WalbError, and then the last rows stay."""
@@ -56,11 +76,14 @@ class Lag:
         if not targets:
             self.rows = []
             return
-        async with dial(shared.env, shared.me, shared.config.archive_address()) as conn:
+        archive = shared.config.archive_address()
+        async with dial(shared.env, shared.me, archive) as conn:
             answer = await conn.call(GatherLatest(volumes=list(targets)))
             dest = conn.peer.node
         if [row.volume for row in answer.rows] != list(targets):
             raise RemoteProtocolError("the archive answered for other volumes than asked", peer=dest)
+        if shared.config.archive_address() != archive:
+            return  # that was another archive's answer
         self.rows = [
             TsDelta(
                 volume=row.volume,

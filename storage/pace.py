@@ -1,4 +1,4 @@
-"""Holding a scan to a speed that may change while it runs."""
+"""Holding scans to a speed and to a number, both of which may change while they run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
+
+from walbd.daemon.tasks import Signal
 
 _SLICE_S: Final = 0.1
 _LEAST_S: Final = 0.001  # below it, rounding could make a wait for nothing
@@ -17,6 +19,30 @@ class SpeedLimit:
     """The limit of all scans of a daemon [byte/s]; 0: none."""
 
     bytes_per_s: int = 0
+
+
+class Slots:
+    """Lets so many scans run at the same time; the others wait. Fewer slots than running scans cut none short."""
+
+    def __init__(self, n_max: int) -> None:
+        self._n_max = n_max
+        self._running = 0
+        self._changed = Signal()
+
+    def set_max(self, n_max: int) -> None:
+        """Change the number."""
+        self._n_max = n_max
+        self._changed.set()
+
+    async def acquire(self) -> None:
+        """Wait for a slot and take it."""
+        await self._changed.wait_for(lambda: self._running < self._n_max)
+        self._running += 1
+
+    def release(self) -> None:
+        """Give a slot back."""
+        self._running -= 1
+        self._changed.set()
 
 
 class Pace:

@@ -88,7 +88,7 @@ async def status(
     config = shared.config
     rows = await asyncio.gather(*(volume_status(volume) for volume in volumes))
     server: dict[str, Fact] = {
-        "archive": config.archive,
+        **shared.settings.facts(),
         "base_dir": config.base_dir,
         "full_scan_bytes_per_s": shared.scan_limit.bytes_per_s,
         "group": config.group,
@@ -98,7 +98,9 @@ async def status(
         "wlog_packing": config.wlog_packing,
         "wlog_send_size_max_b": config.wlog_send_size_max,
     }
-    errors = [f"{row.volume}: {text}" for row in rows for text in (row.error, row.device_error) if text]
+    problem = shared.settings.problem
+    errors = [problem] if problem else []
+    errors += [f"{row.volume}: {text}" for row in rows for text in (row.error, row.device_error) if text]
     health = proxies.health()
     if not any(proxy.available for proxy in health):
         errors.append("no proxy is available")
@@ -149,6 +151,7 @@ async def volume_status(volume: Volume) -> VolumeStatus:
         latest_gid=0 if newest.is_none else newest.gid,
         latest_time=newest.timestamp,
         error=error or volume.send_error,
+        waiting_since=volume.backlog.since(record.done.lsid) if info and in_history else 0,
         lost=lost_code(record, info.lsids) if info and in_history else "",
         log_uuid=info.lsids.uuid.hex() if info else "",
     )

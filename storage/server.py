@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -16,7 +17,8 @@ from walbd.daemon.env import Env, Pool
 from walbd.daemon.jobs import Jobs
 from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
 from walbd.daemon.net import Address
-from walbd.daemon.scheduler import Again, RetryPolicy, Scheduler
+from walbd.daemon.reload import follow_common, retry_policy
+from walbd.daemon.scheduler import Again, Scheduler
 from walbd.daemon.server import Handler, Server
 from walbd.daemon.states import StopMode
 from walbd.errors import (
@@ -62,14 +64,16 @@ from walbd.protocol.control import (
     TsDeltas,
     UuidValue,
 )
+from walbd.protocol.maintenance import DumpLogHeader, Reloaded, Retarget
 from walbd.storage import queries
 from walbd.storage.backup import begin_full_backup
 from walbd.storage.config import StorageConfig
 from walbd.storage.device.interface import Device, DeviceInfo
-from walbd.storage.device.userspace import UserspaceDevice
+from walbd.storage.device.userspace import UserspaceDevice, device_me
 from walbd.storage.lag import Lag
-from walbd.storage.pace import SpeedLimit
+from walbd.storage.pace import Slots, SpeedLimit
 from walbd.storage.proxies import Proxies
+from walbd.storage.retarget import StorageSettings
 from walbd.storage.shared import OpenDevice, Shared
 from walbd.storage.states import Command
 from walbd.storage.volume import Volume
@@ -85,46 +89,49 @@ class StorageServer:
     """A storage daemon (`walbd.daemon.main.Daemon`)."""
 
     def __init__(
-        self, config: StorageConfig, env: Env, shutdown: Shutdown, *, open_device: OpenDevice | None = None
+        self,
+        config: StorageConfig,
+        env: Env,
+        shutdown: Shutdown,
+        *,
+        open_device: OpenDevice | None = None,
+        read: Callable[[], StorageConfig] | None = None,
     ) -> None:
-        self.config = config
+        """`read()` reads the configuration again (`walbd.daemon.reload`)."""
+        self.config = config  # as at the start
+        self.settings = StorageSettings(config, env, read)
         self.volumes: dict[str, Volume] = {}
         self._env = env
         me = identity(config, Kind.STORAGE)
         self.scheduler: Scheduler[str] = Scheduler(
             self._work,
             workers=config.transfers_max,
-            retry=RetryPolicy(config.retry_delay_min_s, config.retry_delay_max_s),
+            retry=retry_policy(config),
             name="volume",
         )
         self.jobs = Jobs(env.clock)
         self.shared = Shared(
             env=env,
-            config=config,
+            settings=self.settings,
             me=me,
             open_device=open_device or self._open_device,
             scheduler=self.scheduler,
             jobs=self.jobs,
             scan_limit=SpeedLimit(config.full_scan_bytes_per_s),
-            scan_slots=asyncio.Semaphore(config.backups_max),
+            scan_slots=Slots(config.backups_max),
         )
-        self.proxies = Proxies(
-            env,
-            me,
-            config.proxy_addresses(),
-            interval_s=config.proxy_check_interval_s,
-            probe_s=config.probe_interval_s,
-            timeout_s=config.proxy_check_timeout_s,
-            on_return=self._proxy_returned,
-        )
+        self._device_me = device_me(config.name, config.io_timeout_s)
+        self.proxies = Proxies(env, me, lambda: self.settings.current, self._proxy_returned)
         self.lag = Lag(self.shared, lambda: list(self.volumes.values()))
-        common = CommonRequests(me, self.jobs, self.volumes, shutdown, lambda: self.server.stats)
+        common = CommonRequests(me, self.jobs, self.volumes, shutdown, lambda: self.server.stats, self.settings)
         self.server = Server(
             env, me, {**common.handlers(), **self._handlers()}, connections_max=config.connections_max
         )
         self._worker = Worker(self.proxies)
         self._background: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
+        follow_common(self.settings, me, self.server)
+        self.settings.follow(self._follow)
 
     # life
 
@@ -136,6 +143,7 @@ class StorageServer:
         base, fs = Path(self.config.base_dir), self._env.fs
         lock = await self._env.pools.run(Pool.RECORD, partial(lock_base, fs, base, create=True))
         try:
+            await self.settings.load()
             for name in await self._env.pools.run(Pool.RECORD, volume_names, fs, base):
                 volume = Volume(name, self.shared)
                 if await volume.load():
@@ -187,6 +195,20 @@ class StorageServer:
         except TimeoutError:
             log.warning("daemon.conversations_dropped")
 
+    async def reload(self) -> Reloaded:
+        """Use the settings as they are in the configuration now."""
+        return await self.settings.reload()
+
+    def _follow(self, old: StorageConfig, new: StorageConfig) -> None:
+        """Take over changed settings: most are asked for in `shared.config` when they are needed."""
+        self.scheduler.adjust(workers=new.transfers_max, retry=retry_policy(new))
+        self.shared.scan_slots.set_max(new.backups_max)
+        if new.full_scan_bytes_per_s != old.full_scan_bytes_per_s:  # set-full-scan-bps stays otherwise
+            self.shared.scan_limit.bytes_per_s = new.full_scan_bytes_per_s
+        self._device_me.io_timeout_s = self._device_me.connect_timeout_s = new.io_timeout_s
+        self.proxies.follow()
+        self.lag.follow(compare_now=new.archive != old.archive)
+
     def _proxy_returned(self) -> None:
         self.scheduler.hurry_waiting()
 
@@ -202,7 +224,7 @@ class StorageServer:
         return await self._worker.work(volume) if volume is not None else None
 
     def _open_device(self, path: str) -> Device:
-        return UserspaceDevice(self._env, Path(path), node=self.config.name, io_timeout_s=self.config.io_timeout_s)
+        return UserspaceDevice(self._env, Path(path), me=self._device_me)
 
     # finding volumes
 
@@ -233,8 +255,10 @@ class StorageServer:
             GetTsDelta: self._get_ts_delta,
             GetUuid: self._get_uuid,
             GetVolumes: self._get_volumes,
+            DumpLogHeader: self._dump_log_header,
             Kick: self._kick,
             ResetVol: self._reset_vol,
+            Retarget: self._retarget,
             Resize: self._resize,
             SetFullScanBps: self._set_full_scan_bps,
             Start: self._start,
@@ -320,6 +344,13 @@ class StorageServer:
         selected = {volume.name for volume in self._selected(request.volume)}
         await self.proxies.check_now()
         return Kicked(tasks=self.scheduler.hurry_waiting(lambda name: name in selected))
+
+    async def _retarget(self, _conn: Connection, request: Retarget) -> Reloaded:
+        return Reloaded(applied=await self.settings.retarget(request.archive, request.proxies), needs_restart=[])
+
+    async def _dump_log_header(self, _conn: Connection, request: DumpLogHeader) -> Ok:
+        await self._find(request.volume).dump_log_header(request.lsid)
+        return Ok()
 
     async def _set_full_scan_bps(self, _conn: Connection, request: SetFullScanBps) -> Ok:
         self.shared.scan_limit.bytes_per_s = request.bytes_per_s

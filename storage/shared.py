@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from walbd.daemon.conn import Me
 from walbd.daemon.env import Env
 from walbd.daemon.jobs import Job, Jobs
 from walbd.daemon.scheduler import Scheduler
+from walbd.daemon.tasks import spawn
 from walbd.errors import Stopping
 from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.protocol.base import Fact
 from walbd.storage.config import StorageConfig
 from walbd.storage.device.interface import Device
-from walbd.storage.pace import SpeedLimit
+from walbd.storage.pace import Slots, SpeedLimit
+from walbd.storage.retarget import StorageSettings
+
+T = TypeVar("T")
 
 OpenDevice = Callable[[str], Device]
 
@@ -33,14 +38,19 @@ class Shared:
     """The world of a volume. `tasks` is there once the daemon has started, and gone when it stops."""
 
     env: Env
-    config: StorageConfig
+    settings: StorageSettings
     me: Me
     open_device: OpenDevice
     scheduler: Scheduler[str]  # keys are volume names
     jobs: Jobs
     scan_limit: SpeedLimit
-    scan_slots: asyncio.Semaphore
+    scan_slots: Slots
     tasks: asyncio.TaskGroup | None = field(default=None)
+
+    @property
+    def config(self) -> StorageConfig:
+        """The settings that count now: ask each time, and keep no copy."""
+        return self.settings.current
 
     def directory(self, volume: str) -> Path:
         """Return the directory of a volume."""
@@ -55,6 +65,13 @@ class Shared:
         if self.tasks is None:
             raise Stopping("the daemon is stopping")
         return self.tasks
+
+    def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Begin background work; raises Stopping when the daemon takes no more."""
+        if self.tasks is None:
+            work.close()
+            raise Stopping("the daemon is stopping")
+        return spawn(self.tasks, work, name)
 
     def start_job(self, name: str, volume: str, work: Callable[[Job], Awaitable[dict[str, Fact] | None]]) -> Job:
         """Start a job as a background task."""

@@ -37,6 +37,7 @@ class Command(StrEnum):
     GET_DEVICE = "get is-overflow, log-usage"
     GET_UUID = "get uuid"
     GET_LATEST_SNAP = "get latest-snap"
+    DUMP_HEADER = "dbg-dump-logpack-header"
 
 
 WLOG_SEND: Final = "WlogSend"  # log is being sent to a proxy
@@ -88,6 +89,7 @@ TABLE: Final = StateTable[State, Command](
         Command.SNAPSHOT: Rule(frozenset({State.STOPPED, State.TARGET})),
         Command.GET_DEVICE: Rule(_KNOWN, while_stopping=True, while_moving=True),
         Command.GET_UUID: Rule(_KNOWN, while_stopping=True, while_moving=True),
+        Command.DUMP_HEADER: Rule(_KNOWN, while_stopping=True, while_moving=True),
         Command.GET_LATEST_SNAP: Rule(frozenset({State.TARGET}), while_stopping=True),
     },
     actions=(WLOG_SEND, WLOG_REMOVE),

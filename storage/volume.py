@@ -23,7 +23,6 @@ from walbd.daemon.env import Pool
 from walbd.daemon.flow import cancel_all, unless
 from walbd.daemon.jobs import Job
 from walbd.daemon.logs import error_fields
-from walbd.daemon.record import RECORD_NAME
 from walbd.daemon.states import Machine, StopMode
 from walbd.daemon.tasks import uninterrupted
 from walbd.errors import (
@@ -39,10 +38,12 @@ from walbd.errors import (
     WlogOverflow,
 )
 from walbd.format.meta import LogPoint, new_point
-from walbd.fs import TMP_PREFIX, FileSystem, failpoints
+from walbd.fs import failpoints
 from walbd.ids import NO_GID
 from walbd.protocol.base import Fact
+from walbd.storage.backlog import Backlog
 from walbd.storage.device.interface import Device, DeviceInfo, LsidSample
+from walbd.storage.directory import create_directory, remove_directory, remove_leftover
 from walbd.storage.history import check_history
 from walbd.storage.record import BAD_HEADER_PREFIX, VolumeRecord, load, save
 from walbd.storage.shared import Shared, hit
@@ -56,13 +57,6 @@ Change = Callable[[VolumeRecord], VolumeRecord]
 
 QUEUE_MAX: Final = 1000  # in an outage of days, from here on only the newest implicit snapshot is kept
 
-FP_INIT_AFTER_DIR: Final = failpoints.register(
-    "storage.init.after_dir", "a directory without a record: removed at the next start"
-)
-FP_CLEAR_BEFORE_RECORD: Final = failpoints.register("storage.clear.before_record", "the volume as it was")
-FP_CLEAR_AFTER_RECORD: Final = failpoints.register(
-    "storage.clear.after_record", "a directory without a record: removed at the next start"
-)
 FP_RECORD_BEFORE_SAVE: Final = failpoints.register(
     "storage.record.before_save", "the old record: the change was not answered and did not happen"
 )
@@ -109,6 +103,7 @@ class Volume:
         self.send_error = ""  # why the last transfer failed
         self.lost: WalbError | None = None  # why the log cannot continue the history, as seen by the last run
         self.candidate: Candidate | None = None
+        self.backlog = Backlog()
         self.more = False  # the device told of new log while a transfer was running
         self._record: VolumeRecord | None = None
         self._device: Device | None = None
@@ -169,6 +164,7 @@ class Volume:
             self.device_error = str(exc)
             raise
         self.device_error, self.pbs = "", found.pbs
+        self.backlog.see(found.lsids, self.shared.now())
         return found
 
     # start-up
@@ -177,7 +173,7 @@ class Volume:
         """Take over what is on disk; False when that was only a leftover, which is removed then."""
         fs, pools = self.shared.env.fs, self.shared.env.pools
         try:
-            if await pools.run(Pool.RECORD, _remove_leftover, fs, self.directory):
+            if await pools.run(Pool.RECORD, remove_leftover, fs, self.directory):
                 self._log.info("volume.leftover_removed")
                 return False
             self._adopt(await pools.run(Pool.RECORD, load, fs, self.directory))
@@ -192,6 +188,7 @@ class Volume:
         self.device_path = record.device
         self._device = self.shared.open_device(record.device)
         self.machine.state = record.state
+        self.backlog.restore(record.uuid, record.queue)
 
     def resume(self) -> None:
         """Begin the work of the state that was found on disk."""
@@ -238,7 +235,7 @@ class Volume:
 
         async def create(_to: State) -> None:
             await self.shared.env.pools.run(
-                Pool.RECORD, _create_directory, self.shared.env.fs, self.directory, record
+                Pool.RECORD, create_directory, self.shared.env.fs, self.directory, record
             )
             self._adopt(record)
 
@@ -257,7 +254,7 @@ class Volume:
         self.check(Command.CLEAR_VOL)
 
         async def remove(_to: State) -> None:
-            await self.shared.env.pools.run(Pool.RECORD, _remove_directory, self.shared.env.fs, self.directory)
+            await self.shared.env.pools.run(Pool.RECORD, remove_directory, self.shared.env.fs, self.directory)
             self._record, self._device, self.broken, self.device_path = None, None, None, ""
 
         async with self.machine.transition(Command.CLEAR_VOL, remove):
@@ -282,13 +279,17 @@ class Volume:
         A crash in between leaves a log that the record does not know: `check_history` tells, another reset
         repairs.
         """
-        hit(FP_RESET_BEFORE_WAL, self.directory)
-        info = await self.device.reset_wal()
-        hit(FP_RESET_AFTER_WAL, self.directory)
+        info = await self._wipe()
         now = self.shared.now()
         await self.update(lambda record: record.after_reset(info.uuid, gid, now))
         self.candidate = None
         self._log.info("log.reset", uuid=info.uuid.hex(), gid=gid)
+        return info
+
+    async def _wipe(self) -> DeviceInfo:
+        hit(FP_RESET_BEFORE_WAL, self.directory)
+        info = await self.device.reset_wal()
+        hit(FP_RESET_AFTER_WAL, self.directory)
         return info
 
     async def start_target(self) -> None:
@@ -342,6 +343,18 @@ class Volume:
         finally:
             self.wake()  # a task that met the stop was dropped; it comes back if the volume is still active
         return {"state": str(self.machine.state)}
+
+    async def reset_standby(self) -> None:
+        """Standby: begin a new log after an overflow. Nothing is lost by it, as this log is not wanted.
+
+        The caller runs the action that erases, so no step is at work meanwhile. A crash in between leaves a log
+        that the record does not know, which does not matter to a Standby volume either.
+        """
+        self._log.warning("log.overflowed", state=str(self.machine.state))
+        info = await self._wipe()
+        now = self.shared.now()
+        await self.update(lambda record: record.after_reset(info.uuid, 0, now).with_state(record.state))
+        self._log.info("log.reset", uuid=info.uuid.hex(), gid=0)
 
     def note_lost(self, lost: WalbError) -> None:
         """Remember, and log once, that the log cannot continue the history."""
@@ -457,6 +470,36 @@ class Volume:
 
     # the log in the device
 
+    async def dump_log_header(self, lsid: int) -> None:
+        """Keep the block at `lsid` of the log as a file in the volume's directory, for analysis.
+
+        Raises Refused for one that the ring does not hold.
+        """
+        self.check(Command.DUMP_HEADER)
+        info = await self.info()
+        begin, end = max(info.lsids.latest - info.capacity_pb, 0), info.lsids.permanent
+        if not begin <= lsid < end:
+            raise Refused(
+                "the ring does not hold that log",
+                hint="give an lsid that it holds",
+                lsid=lsid,
+                lsid_begin=begin,
+                lsid_end=end,
+            )
+        reader = await self.device.open_log()
+        try:
+            block = await reader.read(lsid, 1)
+        finally:
+            reader.close()
+        self.check(Command.DUMP_HEADER)  # the volume may have been cleared meanwhile
+        await self.keep_block(lsid, bytes(block))
+        self._log.info("block.kept", lsid=lsid)
+
+    async def keep_block(self, lsid: int, block: bytes) -> None:
+        """Write a block of the log to a file, one for each place. Raises DiskFailed."""
+        path = self.directory / f"{BAD_HEADER_PREFIX}{lsid}"
+        await self.shared.env.pools.run(Pool.RECORD, self.shared.env.fs.replace_durably, path, block)
+
     @property
     def size_max_pb(self) -> int:
         """The largest stretch of log sent at once."""
@@ -482,10 +525,13 @@ class Volume:
     # watching the device
 
     def begin_monitoring(self) -> None:
-        """Watch the device and run the volume's task whenever there is new log, beginning now."""
+        """Watch the device and run the volume's task whenever there is new log, beginning now.
+
+        Raises Stopping when the daemon ends; what was committed before is then resumed by its next start.
+        """
         assert self._monitor is None
+        self._monitor = self.shared.spawn(self._watch(), f"watch:{self.name}")
         self.lost, self.send_error = None, ""
-        self._monitor = self.shared.group().create_task(self._watch(), name=f"watch:{self.name}")
         self.shared.scheduler.hurry(self.name)
 
     async def end_monitoring(self) -> None:
@@ -521,6 +567,7 @@ class Volume:
 
     def _on_sample(self, sample: LsidSample) -> None:
         scheduler = self.shared.scheduler
+        self.backlog.see(sample, self.shared.now())
         if self.device_error:
             self._log.info("device.returned", device=self.record.device)
             self.device_error = ""
@@ -582,53 +629,3 @@ class Volume:
 def is_lost(error: WalbError) -> bool:
     """Say whether an error means that the log cannot continue the history."""
     return isinstance(error, WlogOverflow | HistoryBroken)
-
-
-def _create_directory(fs: FileSystem, directory: Path, record: VolumeRecord) -> None:
-    fs.make_dir(directory)
-    try:
-        hit(FP_INIT_AFTER_DIR, directory)
-        save(fs, directory, record)
-    except BaseException:
-        fs.remove_tree(directory)
-        raise
-
-
-def _remove_directory(fs: FileSystem, directory: Path) -> None:
-    """Remove the record first: what is left of a directory without one is garbage.
-
-    Raises Refused when there is something that is not ours.
-    """
-    foreign = [name for name in fs.list_names(directory) if not _is_ours(name) and name != RECORD_NAME]
-    if foreign:
-        raise Refused(
-            "the directory holds files that no storage has written",
-            hint="look at them, and move them away",
-            path=str(directory),
-            names=", ".join(foreign[:5]),
-        )
-    hit(FP_CLEAR_BEFORE_RECORD, directory)
-    fs.unlink(directory / RECORD_NAME)
-    fs.sync_dir(directory)
-    hit(FP_CLEAR_AFTER_RECORD, directory)
-    fs.remove_tree(directory)
-
-
-def _is_ours(name: str) -> bool:
-    """Say whether a storage wrote a file of this name beside the record."""
-    return name.startswith((TMP_PREFIX, BAD_HEADER_PREFIX))
-
-
-def _remove_leftover(fs: FileSystem, directory: Path) -> bool:
-    """Remove a directory that an init-vol began or a clear-vol did not finish; say whether it was one.
-
-    In a volume's directory, remove unfinished files.
-    """
-    names = fs.list_names(directory)
-    if RECORD_NAME not in names and all(map(_is_ours, names)):
-        fs.remove_tree(directory)
-        return True
-    for name in names:
-        if name.startswith(TMP_PREFIX):
-            fs.unlink(directory / name)
-    return False

@@ -7,15 +7,13 @@ true when the task was pushed does not matter. Source: docs/storage.md, "The tas
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 import msgspec
 import structlog
 
-from walbd.daemon.env import Pool
 from walbd.daemon.scheduler import Again
-from walbd.errors import ForceStopped, InternalError, WalbError, WlogOverflow
+from walbd.errors import ForceStopped, InternalError, WalbError
 from walbd.format.meta import Transfer, drop_delivered, is_implicit_due, plan_transfer
 from walbd.fs import failpoints
 from walbd.ids import Lsid
@@ -23,7 +21,7 @@ from walbd.storage.device.interface import DeviceInfo, LsidSample
 from walbd.storage.history import check_history
 from walbd.storage.logread import BadLog
 from walbd.storage.proxies import Proxies
-from walbd.storage.record import BAD_HEADER_PREFIX, VolumeRecord
+from walbd.storage.record import VolumeRecord
 from walbd.storage.shared import hit
 from walbd.storage.states import WLOG_REMOVE, WLOG_SEND, State
 from walbd.storage.transfer import send_stretch
@@ -77,9 +75,8 @@ class Worker:
         with volume.machine.action(WLOG_REMOVE, volume.shared.now()):
             info = await volume.info()
             if info.lsids.overflow:
-                volume.note_lost(WlogOverflow("the log has overflowed", hint="stop, and start standby again"))
+                await volume.reset_standby()
                 return None
-            volume.lost = None
             oldest = await volume.erase_log(info, info.lsids.written)
         if oldest < info.lsids.latest:
             volume.look_again(_GARBAGE_S)
@@ -224,8 +221,7 @@ class Worker:
     @staticmethod
     async def _keep_block(volume: Volume, error: BadLog) -> None:
         """Keep the block in trouble for analysis, one file for each place."""
-        fs, path = volume.shared.env.fs, Path(volume.directory) / f"{BAD_HEADER_PREFIX}{error.lsid}"
         try:
-            await volume.shared.env.pools.run(Pool.RECORD, fs.replace_durably, path, error.block)
+            await volume.keep_block(error.lsid, error.block)
         except WalbError as exc:
             log.warning("block.not_kept", volume=volume.name, error=str(exc))

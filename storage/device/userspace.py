@@ -37,19 +37,25 @@ R = TypeVar("R", bound=Message)
 CONTROL_GROUP: Final = "device"
 
 
+def device_me(node: str = "storage", io_timeout_s: float = 30.0) -> Me:
+    """Return who a storage is towards its devices; one for all of them."""
+    return Me(
+        node=node,
+        kind=Kind.STORAGE,
+        group=CONTROL_GROUP,
+        io_timeout_s=io_timeout_s,
+        connect_timeout_s=io_timeout_s,
+    )
+
+
 class UserspaceDevice:
     """A `Device` by its directory. Each call connects anew, so a restarted device is found again."""
 
-    def __init__(self, env: Env, directory: Path, *, node: str = "storage", io_timeout_s: float = 30.0) -> None:
+    def __init__(self, env: Env, directory: Path, *, node: str = "storage", me: Me | None = None) -> None:
+        """`me`: see `device_me`; without it one is made for `node`."""
         self.directory = directory
         self._env = env
-        self._me = Me(
-            node=node,
-            kind=Kind.STORAGE,
-            group=CONTROL_GROUP,
-            io_timeout_s=io_timeout_s,
-            connect_timeout_s=io_timeout_s,
-        )
+        self._me = me if me is not None else device_me(node)
 
     async def _call(self, request: Request[R]) -> R:
         return await call(self._env, self._me, control_address(self.directory), request)

@@ -29,6 +29,7 @@ from tests.kit.nbd import NbdError
 from walbd.errors import WalbError
 from walbd.fs import failpoints
 from walbd.protocol.control import AddArchiveInfo, ArchiveInfo, DeleteArchiveInfo, GetStatus, VolumeStatus
+from walbd.protocol.maintenance import Retarget
 
 Failure = (WalbError, NbdError, OSError, AssertionError)
 OWNERS = {"storage": "s0", "proxy": "p0", "archive": "a0", "device": "dev-vol0"}
@@ -93,6 +94,13 @@ class Rig:
         self.converge()
         group.ctl.stop_synchronizing(group.a[0], "vol0")
         group.ctl.start_synchronizing(group.a[0], "vol0")
+
+    def retarget(self) -> None:
+        """Have the storage use another proxy besides, and then the configured ones again."""
+        group = self.group
+        configured = [proxy.get_host_port() for proxy in group.p]
+        for proxies in ([*configured, "127.0.0.1:1"], configured):
+            group.ctl.ask(group.s[0], Retarget(proxies=proxies))
 
     def second_archive(self) -> None:
         """Name another archive at the proxy and take it away again."""
@@ -220,6 +228,7 @@ WORK: list[tuple[str, Callable[[Rig], None]]] = [
     ("storage.reset.*", Rig.full_backup),
     ("storage.snapshot.*", Rig.snapshot),
     ("storage.queue.*", Rig.snapshot),
+    ("storage.retarget.*", Rig.retarget),
     ("storage.init.*", Rig.life),
     ("storage.clear.*", Rig.life),
     ("storage.record.*", Rig.life),

@@ -85,7 +85,7 @@ async def test_what_needs_a_person_raises_the_flag_and_is_tried_slowly(tmp_path:
         assert not await is_send_error(rig)
 
 
-@pytest.mark.parametrize("how", ["kick", "kick archive", "start", "wlog"])
+@pytest.mark.parametrize("how", ["kick", "kick archive", "start"])
 async def test_flag_is_cleared(tmp_path: Path, how: str) -> None:
     async with FakeArchive() as a0, proxy(tmp_path, **NEVER) as rig:
         await rig.begin(a0)
@@ -93,11 +93,9 @@ async def test_flag_is_cleared(tmp_path: Path, how: str) -> None:
         storage = StorageSide(rig)
         await storage.send([write(0)])
         await rig.until(lambda: rig.hop().needs_person and not rig.hop().sending)
+        await storage.send([write(1)])
+        assert await is_send_error(rig)  # new log does not make it true that nothing is wrong
         a0.refuse_all(None)
-        if how == "wlog":
-            await storage.send([write(1)])
-            assert not await is_send_error(rig)
-            return
         if how == "start":
             await rig.stop_volume()
             await rig.begin()

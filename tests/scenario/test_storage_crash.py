@@ -18,6 +18,7 @@ from walbd.errors import WalbError
 from walbd.fs import failpoints
 from walbd.protocol.base import JobState
 from walbd.protocol.control import ClearVol, ResetVol, Role, TakeSnapshot
+from walbd.protocol.maintenance import Retarget
 
 POINTS = sorted(name for name in failpoints.registered() if name.startswith("storage."))
 
@@ -98,9 +99,17 @@ class Driver:
             raise Killed(info.error)
         await rig.call(ClearVol(volume=VOL))
 
+    async def retarget(self) -> None:
+        """Use other proxies besides, and then what is configured again."""
+        configured = [str(proxy.address) for proxy in self.rig.proxies]
+        for proxies in ([*configured, "127.0.0.1:1"], configured):
+            await self.rig.call(Retarget(proxies=proxies))
+            assert [row.address for row in self.rig.server.proxies.health()] == proxies
+
     async def run(self) -> None:
         """Two rounds and the end of the history."""
         await self.round()
+        await self.retarget()
         await self.round()
         await self.forget()
 

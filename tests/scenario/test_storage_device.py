@@ -79,7 +79,9 @@ async def test_overflow_stops_a_target_until_it_is_reset(tmp_path: Path) -> None
         assert rig.archive.restore(rig.archive.latest()) == bytes(rig.device.data)
 
 
-async def test_overflow_in_standby_is_reset_by_the_next_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["at once", "daemon away", "start"])
+async def test_overflow_in_standby_needs_nobody(tmp_path: Path, when: str) -> None:
+    """The log of a Standby volume is not wanted, so nothing is lost by beginning a new one."""
     rig = Rig(tmp_path / "s")
     rig.devices[DEVICE] = FakeDevice(ring_pb=100)
     async with rig.running():
@@ -87,13 +89,20 @@ async def test_overflow_in_standby_is_reset_by_the_next_start(tmp_path: Path) ->
         await rig.start_volume(Role.STANDBY)
         rig.device.write(0, bytes(LB))
         await rig.until(lambda: rig.device.oldest == rig.device.latest)
+        uuid = rig.device.uuid
         rig.device.written_at_once = False
+        if when == "start":
+            await rig.stop_volume()
+        if when == "daemon away":
+            await rig.die()
         overflow(rig.device)
-        await rig.until(lambda: rig.server.volumes[VOL].lost is not None)
+        if when == "start":
+            await rig.start_volume(Role.STANDBY)
+        if when == "daemon away":
+            await rig.start()
+        await rig.until(lambda: not rig.device.overflow)
+        await rig.until(lambda: rig.server.volumes[VOL].record.uuid == rig.device.uuid != uuid)
         assert await rig.state() == "Standby"
-        await rig.stop_volume()
-        await rig.start_volume(Role.STANDBY)
-        assert not rig.device.overflow
         rig.device.written_at_once = True
         rig.device.write(0, bytes(LB))
         await rig.until(lambda: rig.device.oldest == rig.device.latest == 2)

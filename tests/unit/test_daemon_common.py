@@ -11,11 +11,13 @@ import pytest
 
 from walbd.daemon.basedir import LOCK_NAME, lock_base, volume_names
 from walbd.daemon.common import CommonRequests, begun_actions, free_space, status_reply
+from walbd.daemon.config import DaemonConfig
 from walbd.daemon.conn import Connection, Me, call
 from walbd.daemon.env import Env, SystemClock
 from walbd.daemon.jobs import Job, Jobs
 from walbd.daemon.main import Shutdown, ShutdownMode
 from walbd.daemon.net import Address
+from walbd.daemon.reload import Settings
 from walbd.daemon.server import Server
 from walbd.errors import AlreadyExists, Busy, ConnectError, NotFound
 from walbd.fs import OsFileSystem
@@ -61,7 +63,8 @@ def test_only_directories_with_good_names_can_be_volumes(tmp_path: Path) -> None
 
 async def test_requests_that_all_daemons_answer() -> None:
     env, shutdown = Env(), Shutdown()
-    common = CommonRequests(ME, Jobs(env.clock), {}, shutdown, lambda: server.stats)
+    settings = Settings(DaemonConfig(base_dir="/x"), env)
+    common = CommonRequests(ME, Jobs(env.clock), {}, shutdown, lambda: server.stats, settings)
     server = Server(env, ME, common.handlers())
     async with asyncio.TaskGroup() as tasks:
         await server.listen(tasks, [Address("127.0.0.1", 0)])
@@ -92,7 +95,8 @@ async def test_shutdown_of_a_client_that_has_left() -> None:
             raise ConnectError("the peer has left")
 
     shutdown = Shutdown()
-    handlers = CommonRequests(ME, Jobs(SystemClock()), {}, shutdown, lambda: {}).handlers()
+    settings = Settings(DaemonConfig(base_dir="/x"), Env())
+    handlers = CommonRequests(ME, Jobs(SystemClock()), {}, shutdown, lambda: {}, settings).handlers()
     with pytest.raises(ConnectError):
         await handlers[ShutdownRequest](Gone(), ShutdownRequest())
     assert shutdown.mode is ShutdownMode.GRACEFUL

@@ -7,7 +7,7 @@ import pytest
 from walbd.daemon.config import load
 from walbd.errors import ConfigError
 from walbd.proxy.config import ProxyConfig
-from walbd.proxy.server import open_files_per_send
+from walbd.proxy.server import files_per_send
 from walbd.proxy.states import TABLE, Command, State
 
 
@@ -77,14 +77,16 @@ def test_unknown_setting(tmp_path: Path) -> None:
 def test_open_files_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 
-    limits = {"now": (1024, 4096)}
+    limits = {"now": (4096, 4096)}
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
-    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.update(now=new))
-    assert open_files_per_send(2, 1000) == 1000
-    assert limits["now"] == (2512, 4096)
-    assert open_files_per_send(8, 1000) == (4096 - 512) // 8
-    assert limits["now"] == (4096, 4096)
-    limits["now"] = (600, 600)
-    assert open_files_per_send(8, 1000) == 16
+
+    def per_send(sends: int, count: int = 1000) -> int:
+        return files_per_send(ProxyConfig(base_dir="/x", sends_max=sends, wdiff_send_count_max=count))
+
+    assert per_send(2) == 1000
+    assert per_send(8) == (4096 - 512) // 8
+    limits["now"] = (600, 4096)
+    assert per_send(8) == 16
+    assert per_send(8, 10) == 10
     limits["now"] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    assert open_files_per_send(8, 1000) == 1000
+    assert per_send(8) == 1000

@@ -29,6 +29,7 @@ from walbd.protocol.control import (
     StorageInitVol,
     TakeSnapshot,
 )
+from walbd.protocol.maintenance import DumpLogHeader
 from walbd.storage.states import TABLE, WLOG_REMOVE, WLOG_SEND, Command, State
 
 # docs/storage.md, "States": in which steady states a command is allowed.
@@ -48,14 +49,16 @@ ALLOWED = {
     Command.GET_DEVICE: "SyncReady Stopped Target Standby",
     Command.GET_UUID: "SyncReady Stopped Target Standby",
     Command.GET_LATEST_SNAP: "Target",
+    Command.DUMP_HEADER: "SyncReady Stopped Target Standby",
 }
-WHILE_MOVING = {Command.STOP_BEGINNING, Command.GET_DEVICE, Command.GET_UUID}
+WHILE_MOVING = {Command.STOP_BEGINNING, Command.GET_DEVICE, Command.GET_UUID, Command.DUMP_HEADER}
 WHILE_STOPPING = {
     Command.STOP,
     Command.STOP_BEGINNING,
     Command.GET_DEVICE,
     Command.GET_UUID,
     Command.GET_LATEST_SNAP,
+    Command.DUMP_HEADER,
 }
 NOT_DURING = {("Reset", Command.STOP_BEGINNING), ("StopTarget", Command.STOP_BEGINNING)}
 BESIDE_A_TRANSFER = {
@@ -66,6 +69,7 @@ BESIDE_A_TRANSFER = {
     Command.GET_DEVICE,
     Command.GET_UUID,
     Command.GET_LATEST_SNAP,
+    Command.DUMP_HEADER,
 }
 LEADS_TO = {
     ("Clear", Command.INIT_VOL): ("InitVol", "SyncReady"),
@@ -130,6 +134,7 @@ REQUESTS: dict[Command, Request[Any]] = {
     Command.RESIZE: Resize(volume=VOL, size_b=0),
     Command.SNAPSHOT: TakeSnapshot(volume=VOL),
     Command.GET_DEVICE: GetIsOverflow(volume=VOL),
+    Command.DUMP_HEADER: DumpLogHeader(volume=VOL, lsid=0),
     Command.GET_UUID: GetUuid(volume=VOL),
     Command.GET_LATEST_SNAP: GetLatestSnap(volume=VOL),
 }

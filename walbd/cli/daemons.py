@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from walbd.daemon.config import DaemonConfig, Setting, load, settings
-from walbd.daemon.env import Env
-from walbd.daemon.main import Daemon, Shutdown, run_daemon
+from walbd.daemon.main import Daemon, run_daemon
 from walbd.units import format_size
 
 
@@ -30,15 +29,18 @@ def _option(setting: Setting) -> Callable[[Any], Any]:
 
 
 def daemon_command(
-    name: str, config: type[DaemonConfig], make: Callable[[Any, Env, Shutdown], Daemon], help_text: str
+    name: str, config: type[DaemonConfig], make: Callable[..., Daemon], help_text: str
 ) -> click.Command:
-    """Make the command that runs a daemon: `--config FILE`, and an option for every setting."""
+    """Make the command that runs a daemon: `--config FILE`, and an option for every setting.
+
+    `make(config, env, shutdown, read=...)` makes the daemon; `read()` reads file and options again.
+    """
 
     def run(config_path: Path | None, **options: Any) -> None:
         checked = load(config, config_path, options)
         run_daemon(
             name,
-            lambda env, shutdown: make(checked, env, shutdown),
+            lambda env, shutdown: make(checked, env, shutdown, read=lambda: load(config, config_path, options)),
             log_level=checked.log_level,
             log_format=checked.log_format,
         )

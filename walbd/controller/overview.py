@@ -277,7 +277,7 @@ class _Look:
             hint = f"walbc full-backup {v.volume} --storage {s.name}"
             words.append(self.alarm(Word.WARN, "not-started", s.name, v.volume, "waits for a backup", hint))
         lag_b = v.lag_lb * LB
-        lag_s = max(0, self.replies[s].now - v.done_time) if lag_b and v.done_time else 0
+        lag_s = max(0, self.replies[s].now - v.waiting_since) if lag_b and v.waiting_since else 0
         if v.state == k.sTarget and lag_s > LAG_WARN_S:
             words.append(self.alarm(Word.WARN, "lag", s.name, v.volume, f"{_behind(lag_s, lag_b)} behind its log"))
         capacity = format_size(v.log_capacity_pb * v.pbs)

@@ -13,6 +13,7 @@ from walbd.daemon.conn import Connection, Me
 from walbd.daemon.env import Clock, Env, Pool
 from walbd.daemon.jobs import Jobs
 from walbd.daemon.main import Shutdown, ShutdownMode
+from walbd.daemon.reload import Settings
 from walbd.daemon.scheduler import Waiting
 from walbd.daemon.server import Handler, RequestStat
 from walbd.daemon.states import Machine
@@ -38,6 +39,7 @@ from walbd.protocol.control import (
     VolumeStatus,
 )
 from walbd.protocol.control import Shutdown as ShutdownRequest
+from walbd.protocol.maintenance import Reload, Reloaded
 
 UNKNOWN_STATE: Final = "Clear"  # of a volume that is not known, at every daemon
 _ERROR_LEN_MAX: Final = 4096
@@ -60,6 +62,7 @@ class CommonRequests:
         volumes: Mapping[str, HasMachine],
         shutdown: Shutdown,
         stats: Callable[[], Mapping[tuple[str, str], RequestStat]],
+        settings: Settings[Any],
     ) -> None:
         """`stats()` returns those of the server that these handlers are for: it is made after them."""
         self._me = me
@@ -67,6 +70,7 @@ class CommonRequests:
         self._volumes = volumes
         self._shutdown = shutdown
         self._stats = stats
+        self._settings = settings
 
     def handlers(self) -> dict[type[Request[Any]], Handler]:
         """Return the handlers by request."""
@@ -77,6 +81,7 @@ class CommonRequests:
             GetPid: self._pid,
             GetState: self._state,
             GetVersion: self._version,
+            Reload: self._reload,
             ShutdownRequest: self._shut_down,
             WaitJob: self._wait_job,
         }
@@ -112,6 +117,9 @@ class CommonRequests:
 
     async def _wait_job(self, _conn: Connection, request: WaitJob) -> JobInfo:
         return await self._jobs.wait(request.job, request.wait_s)
+
+    async def _reload(self, _conn: Connection, _request: Reload) -> Reloaded:
+        return await self._settings.reload()
 
     async def _shut_down(self, conn: Connection, request: ShutdownRequest) -> None:
         try:

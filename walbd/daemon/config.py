@@ -21,6 +21,7 @@ from walbd.errors import ConfigError, UsageError
 from walbd.ids import node_name
 from walbd.units import parse_size
 
+LIVE: Final = {"live": True}  # in a field's Meta: a reload changes the setting in the running daemon
 _SIZE: Final = {"size": True}
 Size = Annotated[int, Meta(extra=_SIZE)]  # [byte], never negative; a field may add bounds of its own
 Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
@@ -42,12 +43,12 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tls_key: Annotated[str, Meta(description="PEM file: its key")] = ""
     tls_ca: Annotated[str, Meta(description="PEM file: authority that signs the peers' certificates")] = ""
     insecure: Annotated[bool, Meta(description="allow a non-loopback address without TLS")] = False
-    connections_max: Annotated[Count, Meta(description="connections served at the same time")] = 100
-    io_timeout_s: Annotated[Delay, Meta(description="deadline of each network read and write")] = 30.0
-    connect_timeout_s: Annotated[Delay, Meta(description="deadline of a connection attempt")] = 10.0
-    retry_delay_min_s: Annotated[Delay, Meta(description="delay after a first failure")] = 1.0
-    retry_delay_max_s: Annotated[Delay, Meta(description="cap of the doubling delay")] = 30.0
-    log_level: Annotated[LogLevel, Meta(description="least level of log lines")] = "info"
+    connections_max: Annotated[Count, Meta(description="connections served at the same time", extra=LIVE)] = 100
+    io_timeout_s: Annotated[Delay, Meta(description="deadline of each network read and write", extra=LIVE)] = 30.0
+    connect_timeout_s: Annotated[Delay, Meta(description="deadline of a connection attempt", extra=LIVE)] = 10.0
+    retry_delay_min_s: Annotated[Delay, Meta(description="delay after a first failure", extra=LIVE)] = 1.0
+    retry_delay_max_s: Annotated[Delay, Meta(description="cap of the doubling delay", extra=LIVE)] = 30.0
+    log_level: Annotated[LogLevel, Meta(description="least level of log lines", extra=LIVE)] = "info"
     log_format: Annotated[LogFormat, Meta(description="log lines for people or as JSON")] = "console"
 
     @property
@@ -83,6 +84,7 @@ class Setting(msgspec.Struct, frozen=True):
     type: Any  # bool, int, float, str, list
     choices: tuple[str, ...]
     is_size: bool
+    live: bool  # a reload changes it in the running daemon
     required: bool
     default: Any
     description: str
@@ -115,6 +117,7 @@ def settings(cls: type[DaemonConfig]) -> list[Setting]:
                 type=list if origin is list else (str if choices else base),
                 choices=choices,
                 is_size=bool(extra.get("size")),
+                live=bool(extra.get("live")),
                 required=f.required,
                 default=default,
                 description=description,

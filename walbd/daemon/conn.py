@@ -41,15 +41,15 @@ class Incoming(NamedTuple):
     payload: memoryview
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Me:
-    """Who we are in a handshake, and how patient."""
+    """Who we are in a handshake, and how patient. One object for all of a daemon: its patience may be changed."""
 
     node: str
     kind: Kind
     group: str = "default"
     io_timeout_s: float = 10.0  # for each read and each write
-    connect_timeout_s: float = 10.0
+    connect_timeout_s: float = 10.0  # until we are connected, and until the peer has answered our greeting
     tls: ssl.SSLContext | None = None  # for connections that we open
 
 
@@ -152,7 +152,7 @@ class Connection:
 
 async def greet(stream: FrameStream, me: Me, address: str) -> Connection:
     """Do the client's half of the handshake."""
-    conn = Connection(stream, Peer("?", Kind.CONTROL, address), me.io_timeout_s)
+    conn = Connection(stream, Peer("?", Kind.CONTROL, address), min(me.connect_timeout_s, me.io_timeout_s))
     await conn.send(Hello(node=me.node, kind=me.kind, group=me.group))
     welcome = await conn.expect(Welcome)
     if welcome.group != me.group:
@@ -160,6 +160,7 @@ async def greet(stream: FrameStream, me: Me, address: str) -> Connection:
     if not VERSION_MIN <= welcome.version <= VERSION_MAX:
         raise RemoteProtocolError("the peer chose an unknown protocol version", version=welcome.version)
     stream.limits = LIMITS
+    conn.io_timeout_s = me.io_timeout_s
     conn.peer = Peer(welcome.node, welcome.kind, address)
     return conn
 

@@ -11,7 +11,7 @@ import structlog
 
 from walbd.daemon.env import Clock
 from walbd.daemon.logs import error_fields
-from walbd.daemon.tasks import Signal
+from walbd.daemon.tasks import Signal, spawn
 from walbd.errors import NotFound, WalbError, code_of
 from walbd.protocol.base import Fact, JobInfo, JobState, error_reply
 
@@ -32,7 +32,7 @@ class Job:
         self._state = JobState.RUNNING
         self._phase, self._unit, self._done, self._total = "", "B", 0, 0
         self._result: dict[str, Fact] = {}
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None  # how it failed
         self._changed = changed
 
     @property
@@ -43,13 +43,17 @@ class Job:
         """Enter a phase of the work; `total` [unit] 0 means not known."""
         self._phase, self._total, self._done, self._unit = phase, total, 0, unit
 
+    def explain(self, phase: str) -> None:
+        """Say what the phase waits for, or does now; its progress stays."""
+        self._phase = phase
+
     def progress(self, done: int) -> None:
         """Say how much of the phase is done [unit]."""
         self._done = done
 
     def info(self) -> JobInfo:
         """Return the job as the message that tells of it."""
-        error = error_reply(self._error) if self._error is not None else None
+        error = error_reply(self.error) if self.error is not None else None
         return JobInfo(
             job=self.number,
             name=self.name,
@@ -63,12 +67,12 @@ class Job:
             total=self._total,
             result=self._result,
             error_code=error.code if error else "",
-            error=str(self._error) if isinstance(self._error, WalbError) else (error.message if error else ""),
+            error=str(self.error) if isinstance(self.error, WalbError) else (error.message if error else ""),
             hint=error.hint if error else "",
         )
 
     def _end(self, state: JobState, now: int, result: dict[str, Fact], error: BaseException | None) -> None:
-        self._state, self._ended, self._result, self._error = state, now, result, error
+        self._state, self._ended, self._result, self.error = state, now, result, error
         self._changed.set()
 
 
@@ -91,9 +95,25 @@ class Jobs:
     ) -> Job:
         """Begin `work(job)` as a task of `tasks`; its return value becomes the job's result.
 
-        An error ends the job, is logged once, and does not reach the task group.
+        An error ends the job, is logged once, and does not reach the task group. Raises Stopping when `tasks`
+        takes no more.
         """
         job = Job(self._next, name, volume, self._clock.now(), self._changed)
+        spawn(tasks, self._run(job, work), f"job:{name}:{volume}")
+        self._add(job)
+        return job
+
+    async def within(
+        self, name: str, volume: str, work: Callable[[Job], Awaitable[dict[str, Fact] | None]]
+    ) -> None:
+        """Do `work(job)` here, as a job that others see: for conversations that last. Its error comes out too."""
+        job = Job(self._next, name, volume, self._clock.now(), self._changed)
+        self._add(job)
+        await self._run(job, work)
+        if job.error is not None:
+            raise job.error
+
+    def _add(self, job: Job) -> None:
         self._next += 1
         self._jobs[job.number] = job
         while len(self._jobs) > _HISTORY_MAX:
@@ -101,8 +121,6 @@ class Jobs:
             if oldest is None:
                 break
             del self._jobs[oldest]
-        tasks.create_task(self._run(job, work), name=f"job:{name}:{volume}")
-        return job
 
     def get(self, number: int) -> Job:
         """Return a job; raises NotFound."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, Literal
+from collections.abc import MutableMapping
+from typing import Any, Final, Literal
 
 import structlog
 
@@ -12,6 +13,36 @@ from walbd.errors import WalbError, code_of
 
 LogFormat = Literal["console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+_NUMBERS: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+    "exception": logging.ERROR,
+}
+
+
+class _Level:
+    """The least level that is written, for all loggers that exist and will exist."""
+
+    def __init__(self) -> None:
+        self.number = logging.INFO
+
+    def __call__(self, _logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if _NUMBERS.get(method, logging.CRITICAL) < self.number:
+            raise structlog.DropEvent
+        return event
+
+
+_level: Final = _Level()
+
+
+def set_level(level: LogLevel) -> None:
+    """Change the least level of the lines that this process writes."""
+    _level.number = getattr(logging, level.upper())
 
 
 class StderrLogger:
@@ -30,7 +61,9 @@ class StderrLogger:
 
 def configure(level: LogLevel, log_format: LogFormat) -> None:
     """Set up logging for a process: to standard error, for people or as JSON lines."""
+    set_level(level)
     processors: list[Any] = [
+        _level,  # first: what is not written costs little
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -41,7 +74,7 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
         processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
     structlog.configure(
         processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
         logger_factory=lambda *_: StderrLogger(),
         cache_logger_on_first_use=False,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import structlog
 import uvloop
@@ -24,10 +25,12 @@ from walbd.daemon.tasks import Signal
 from walbd.daemon.tls import mutual_tls
 from walbd.errors import InternalError, WalbError
 from walbd.protocol.base import Kind
+from walbd.protocol.maintenance import Reloaded
 
 log = structlog.get_logger()
 
 _DEFECT_GRACE_S: Final = 10.0
+_FILES_MAX: Final = 1 << 20
 
 
 class ShutdownMode(StrEnum):
@@ -45,6 +48,14 @@ class Daemon(Protocol):
 
     async def stop(self, mode: ShutdownMode) -> None:
         """Take no new work and return when the running work has ended (graceful) or given up (force)."""
+
+
+@runtime_checkable
+class Reloadable(Protocol):
+    """A daemon whose settings can be read again while it runs."""
+
+    async def reload(self) -> Reloaded:
+        """Use the configuration as it is now. Raises WalbError, and then nothing has changed."""
 
 
 @dataclass
@@ -117,9 +128,11 @@ def run_daemon(
 ) -> None:
     """Run a daemon in this process until it is told to end. Raises WalbError when it cannot start.
 
-    SIGTERM and SIGINT force the end (running work is given up where it can be resumed); SIGHUP is ignored.
+    SIGTERM and SIGINT force the end (running work is given up where it can be resumed). SIGHUP has the settings
+    read again, and is ignored by a daemon that cannot do so. As many files may be open as the system allows.
     """
     configure(log_level, log_format)
+    raise_file_limit()
 
     async def main() -> None:
         env = Env()
@@ -127,12 +140,28 @@ def run_daemon(
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, shutdown.request, ShutdownMode.FORCE)
-        loop.add_signal_handler(signal.SIGHUP, lambda: log.info("daemon.sighup_ignored"))
         loop.set_exception_handler(partial(_callback_failed, shutdown))
         structlog.contextvars.bind_contextvars(daemon=kind)
         daemon = make(env, shutdown)
+        reloads: set[asyncio.Task[None]] = set()
+        started = False
+
+        def begun() -> None:
+            nonlocal started
+            started = True
+            ready(daemon)
+
+        def hang_up() -> None:
+            if not isinstance(daemon, Reloadable) or not started:
+                log.info("daemon.sighup_ignored")
+                return
+            task = loop.create_task(_reload(daemon), name="reload")
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
         try:
-            await supervise(daemon, shutdown, lambda: ready(daemon))
+            await supervise(daemon, shutdown, begun)
             if shutdown.defect is not None:
                 raise InternalError("a defect ended the daemon", hint="see its log") from shutdown.defect
         except* WalbError as group:
@@ -140,10 +169,30 @@ def run_daemon(
             log.error("daemon.failed", **error_fields(error))
             raise error from group
         finally:
+            if reloads:
+                await asyncio.wait(reloads)  # each is one look at a file
             env.pools.close()
         log.info("daemon.stopped")
 
     uvloop.run(main())
+
+
+async def _reload(daemon: Reloadable) -> None:
+    """Reload on a signal: nobody waits for the outcome, it is in the log."""
+    try:
+        await daemon.reload()
+    except WalbError:
+        pass  # logged where it failed; the settings are as before
+    except Exception:
+        log.exception("settings.reload_crashed")
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as the system allows it; they are needed for merging wdiffs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, _FILES_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _callback_failed(shutdown: Shutdown, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

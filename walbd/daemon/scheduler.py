@@ -76,6 +76,11 @@ class Scheduler(Generic[K]):
         self._changed = Signal()
         self._draining = False
 
+    def adjust(self, *, workers: int, retry: RetryPolicy) -> None:
+        """Use other limits from now on. Delays that have begun and work that runs are not touched."""
+        self._workers, self._retry = workers, retry
+        self._changed.set()
+
     def push(self, key: K, delay_s: float = 0.0) -> None:
         """Make `key` due in `delay_s`, unless it waits already: then its due time stays."""
         if key not in self._waiting and not self._draining:

@@ -13,8 +13,8 @@ from walbd.daemon.conn import Connection, Me, Peer, welcome
 from walbd.daemon.env import Env
 from walbd.daemon.logs import error_fields
 from walbd.daemon.net import Address, FrameStream, Listener
-from walbd.daemon.tasks import Signal
-from walbd.errors import Busy, ConnectError, RemoteProtocolError, TimedOut, WalbError
+from walbd.daemon.tasks import Signal, spawn
+from walbd.errors import Busy, ConnectError, RemoteProtocolError, Stopping, TimedOut, WalbError
 from walbd.protocol.base import Kind
 from walbd.protocol.codec import Message, Request
 
@@ -49,7 +49,7 @@ class Server:
         self._env = env
         self._me = me
         self._handlers = handlers
-        self._connections_max = connections_max
+        self.connections_max = connections_max  # may be changed at any time
         self._idle_timeout_s = idle_timeout_s
         self._listeners: list[Listener] = []
         self._streams: dict[FrameStream, bool] = {}  # every connection: is it in a conversation now?
@@ -80,14 +80,25 @@ class Server:
         if self._closing:
             stream.abort()
             return
+        try:
+            task = spawn(self._tasks, self._serve(stream), f"serve:{stream.peer}")
+        except Stopping:
+            stream.abort()
+            return
         self._streams[stream] = False
-        self._tasks.create_task(self._serve(stream), name=f"serve:{stream.peer}")
+        # Not in the task itself: one that is cancelled before its first step never runs.
+        task.add_done_callback(lambda _: self._forget(stream))
+
+    def _forget(self, stream: FrameStream) -> None:
+        stream.abort()
+        del self._streams[stream]
+        self._changed.set()
 
     async def _serve(self, stream: FrameStream) -> None:
         try:
             conn = await welcome(stream, self._me)
-            if len(self._streams) > self._connections_max:
-                raise Busy("too many connections", hint="try again later", connections_max=self._connections_max)
+            if len(self._streams) > self.connections_max:
+                raise Busy("too many connections", hint="try again later", connections_max=self.connections_max)
             with structlog.contextvars.bound_contextvars(peer=conn.peer.node):
                 while await self._conversation(stream, conn):
                     pass
@@ -97,10 +108,6 @@ class Server:
         except WalbError as exc:
             log.warning("connection.refused", **error_fields(exc))
             await self._last_words(stream, exc)
-        finally:
-            stream.abort()
-            del self._streams[stream]
-            self._changed.set()
 
     async def _conversation(self, stream: FrameStream, conn: Connection) -> bool:
         """Serve one request; False when the client has left or the connection must not be used any more."""

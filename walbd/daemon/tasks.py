@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from walbd.errors import Stopping
+
 T = TypeVar("T")
 
 
@@ -25,6 +27,15 @@ async def uninterrupted(step: Coroutine[Any, Any, T]) -> T:
     if cancelled is not None:
         raise cancelled
     return result
+
+
+def spawn(tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+    """Begin `work` as a task of `tasks`. Raises Stopping when the group takes no more, as it is ending."""
+    try:
+        return tasks.create_task(work, name=name)
+    except RuntimeError as exc:
+        work.close()
+        raise Stopping("the daemon is stopping") from exc
 
 
 class Signal:
