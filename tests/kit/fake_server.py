@@ -216,6 +216,7 @@ class FakeServer:
                 "log_capacity_pb": 10000,
                 "pbs": 4096,
                 "lag_lb": v.lag_lb,
+                "waiting_since": NOW - 7 if v.lag_lb else 0,
                 "done_gid": v.gid,
                 "done_time": NOW - 7,
                 "latest_gid": v.gid,
