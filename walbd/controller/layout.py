@@ -11,12 +11,15 @@
     [volumes.vol0]
     target = "s0"                     # the storage that backs it up
     devices = { s0 = "/var/lib/walbd/device/vol0" }
+    archives = ["a0"]                 # where it is to be kept
 
 Unknown keys and values that cannot be meant are refused, with a hint.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -33,6 +36,7 @@ from walbd.controller.controller import Controller
 from walbd.controller.progress import ShowProgress, ignore_progress
 from walbd.controller.servers import Server, ServerConnectionParam, ServerLayout, get_server
 from walbd.errors import ConfigError, UsageError
+from walbd.fs import FileSystem
 from walbd.ids import node_name, volume_name
 
 GROUP_VARIABLE: Final = "WALBD_GROUP"
@@ -49,6 +53,7 @@ class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Volume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: str = ""
     devices: dict[str, str] = {}
+    archives: list[str] | None = None
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +75,7 @@ class VolumeEntry:
     name: str
     target: Server | None  # the storage that backs it up, where that is said
     devices: Mapping[str, str]  # storage name to device path
+    archives: tuple[Server, ...] | None = None  # where it is to be kept; None: not said
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class GroupLayout:
     tls: tuple[str, str, str] | None = None  # certificate, key, authority
     volumes: Mapping[str, VolumeEntry] = field(default_factory=dict)
     path: Path | None = None  # the file
+    _file: _File | None = field(default=None, repr=False, compare=False)  # as it was read
 
     def controller(self, *, isDebug: bool = False, progress: ShowProgress = ignore_progress) -> Controller:
         """Make a controller for the group."""
@@ -92,6 +99,51 @@ class GroupLayout:
     def server(self, name: str) -> Server:
         """Return a server by its name; raises UsageError."""
         return get_server(name, self.servers.get_all())
+
+    def with_servers(self, servers: ServerLayout, renamed: Mapping[str, str] | None = None) -> GroupLayout:
+        """Return the group with other servers; `renamed` maps servers that are replaced to their successors.
+
+        A volume's device at a replaced storage is taken over under the successor's name. What volumes say about
+        servers that are gone is dropped.
+        """
+        renamed = renamed or {}
+        file = self._file if self._file is not None else _File(group=self.group, timeout_s=self.timeout_s)
+        storages, archives = ({s.name for s in sL} for sL in (servers.storageL, servers.archiveL))
+        volumes = {}
+        for name, entry in file.volumes.items():
+            target = renamed.get(entry.target, entry.target)
+            devices = {renamed.get(s, s): path for s, path in entry.devices.items() if s in renamed}
+            devices |= {s: path for s, path in entry.devices.items() if s not in renamed}
+            wanted = entry.archives
+            if wanted is not None:
+                kept = dict.fromkeys(renamed.get(a, a) for a in wanted)
+                wanted = sorted((a for a in kept if a in archives), key=[s.name for s in servers.archiveL].index)
+            volumes[name] = _Volume(
+                target if target in storages else "",
+                {s: path for s, path in devices.items() if s in storages},
+                wanted,
+            )
+        changed = msgspec.structs.replace(
+            file,
+            storage=[_entry(s) for s in servers.storageL],
+            proxy=[_entry(s) for s in servers.proxyL],
+            archive=[_entry(s) for s in servers.archiveL],
+            volumes=volumes,
+        )
+        path = self.path if self.path is not None else Path("group.toml")
+        made = _check(changed, path)
+        return dataclasses.replace(made, servers=servers, path=self.path, tls=self.tls)
+
+    def to_toml(self) -> str:
+        """Write the group as a group file. Comments of the file that was read are not kept."""
+        assert self._file is not None
+        return _to_toml(self._file)
+
+    def write(self, fs: FileSystem) -> None:
+        """Replace the group file durably by what `to_toml` writes; raises UsageError when there is no file."""
+        if self.path is None:
+            raise UsageError("the group does not come from a file")
+        fs.replace_durably(self.path.resolve(), self.to_toml().encode())
 
 
 def find_layout(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> GroupLayout:
@@ -174,6 +226,7 @@ def _check(file: _File, path: Path) -> GroupLayout:
         tls=_tls(file, path),
         volumes={name: _volume(name, entry, servers, path) for name, entry in file.volumes.items()},
         path=path,
+        _file=file,
     )
 
 
@@ -212,7 +265,53 @@ def _volume(name: str, entry: _Volume, servers: ServerLayout, path: Path) -> Vol
     if not all(entry.devices.values()):
         raise ConfigError("a volume has an empty device path", file=str(path), volume=name)
     target = get_server(entry.target, servers.storageL) if entry.target else None
-    return VolumeEntry(name, target, dict(entry.devices))
+    return VolumeEntry(name, target, dict(entry.devices), _wanted(name, entry, servers, path))
+
+
+def _wanted(name: str, entry: _Volume, servers: ServerLayout, path: Path) -> tuple[Server, ...] | None:
+    if entry.archives is None:
+        return None
+    try:
+        wanted = tuple(get_server(archive, servers.archiveL) for archive in entry.archives)
+    except UsageError as exc:
+        raise ConfigError(
+            "a volume names an archive that is not there", hint=exc.hint, file=str(path), volume=name, **exc.facts
+        ) from exc
+    if len(set(wanted)) != len(wanted):
+        raise ConfigError("a volume names an archive twice", file=str(path), volume=name)
+    return wanted
+
+
+# Writing
+
+
+def _entry(s: Server) -> _Server:
+    return _Server(s.name, s.address, s.port)
+
+
+def _to_toml(file: _File) -> str:
+    lines = [f"group = {_text(file.group)}", f"timeout_s = {file.timeout_s!r}"]
+    for key in ("tls_cert", "tls_key", "tls_ca"):
+        if value := getattr(file, key):
+            lines.append(f"{key} = {_text(value)}")
+    for kind in ("storage", "proxy", "archive"):
+        for s in getattr(file, kind):
+            lines += ["", f"[[{kind}]]", f"name = {_text(s.name)}", f"host = {_text(s.host)}", f"port = {s.port}"]
+    for name, entry in file.volumes.items():
+        lines += ["", f"[volumes.{name}]"]
+        if entry.target:
+            lines.append(f"target = {_text(entry.target)}")
+        if entry.devices:
+            pairs = ", ".join(f"{_text(s)} = {_text(device)}" for s, device in entry.devices.items())
+            lines.append(f"devices = {{ {pairs} }}")
+        if entry.archives is not None:
+            lines.append(f"archives = [{', '.join(map(_text, entry.archives))}]")
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: str) -> str:
+    """Write a TOML basic string: JSON's escapes are TOML's, but for the one character that JSON leaves alone."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
 
 
 def _hint(reason: str, values: Mapping[str, object]) -> str:
@@ -220,6 +319,8 @@ def _hint(reason: str, values: Mapping[str, object]) -> str:
     unknown = reason.partition("unknown field `")[2].partition("`")[0]
     if not unknown:
         return _SAMPLE
-    known = _File.__struct_fields__ if unknown in values else (*_Server.__struct_fields__, "target", "devices")
+    known = (
+        _File.__struct_fields__ if unknown in values else (*_Server.__struct_fields__, *_Volume.__struct_fields__)
+    )
     near = get_close_matches(unknown, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
