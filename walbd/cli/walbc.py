@@ -17,16 +17,26 @@ from walbd.cli.app import Late, LateGroup, run
 from walbd.errors import UsageError
 
 _V, _F, _I, _S = (f"walbd.cli.walbc_{name}" for name in ("volume", "feed", "image", "server"))
+_D, _C, _T = (f"walbd.cli.walbc_{name}" for name in ("diffs", "copies", "settings"))
 
 SECTIONS: dict[str, dict[str, Late]] = {
     "Look": {
         "status": Late(f"{_S}:status", "The whole group on one screen: servers, volumes, lag, jobs, alarms."),
         "info": Late(f"{_I}:info", "From when to when, and to which points, a volume can be restored."),
+        "doctor": Late("walbd.cli.walbc_doctor:doctor", "Find what is wrong with the group, and mend it."),
         "shell": Late("walbd.cli.shell:shell", "Python, with the servers and the controller as variables."),
+    },
+    "Replace hosts": {
+        "replace-storage": Late("walbd.cli.walbc_replace:replace_storage", "Move volumes to another storage."),
+        "replace-proxy": Late("walbd.cli.walbc_replace:replace_proxy", "Empty a proxy into another one."),
+        "replace-archive": Late("walbd.cli.walbc_replace:replace_archive", "Move volumes to another archive."),
     },
     "Back up": {
         "init-storage": Late(f"{_V}:init_storage", "Take over a device under a volume name, and stand by."),
         "full-backup": Late(f"{_V}:full_backup", "Copy a volume to the archive, then back it up continuously."),
+        "hash-backup": Late(
+            f"{_V}:hash_backup", "Send what differs from the archive's image, then back up continuously."
+        ),
         "snapshot": Late(f"{_V}:snapshot", "Take a snapshot; prints its generation."),
     },
     "Restore": {
@@ -35,15 +45,33 @@ SECTIONS: dict[str, dict[str, Late]] = {
         "restored": Late(f"{_I}:restored", "List restored images."),
         "get-restored-path": Late(f"{_I}:get_restored_path", "Where a restored image is."),
         "del-restored": Late(f"{_I}:del_restored", "Remove a restored image."),
+        "scan": Late(f"{_D}:scan", "Write the image of a snapshot to a file, without restoring it."),
+        "block-hash": Late(f"{_D}:block_hash", "Hash of the image of a snapshot."),
+    },
+    "Archives": {
+        "gaps": Late(f"{_D}:gaps", "Intervals for which no restore point can exist."),
         "apply": Late(f"{_I}:apply", "Write diffs into the base image; older snapshots vanish."),
+        "merge": Late(f"{_D}:merge", "Make one diff of several; the snapshots between vanish."),
+        "enable-snapshot": Late(f"{_D}:enable_snapshot", "Protect snapshots from merging."),
+        "disable-snapshot": Late(f"{_D}:disable_snapshot", "Let merging remove snapshots."),
         "gc-diff": Late(f"{_I}:gc_diff", "Remove diffs that nothing needs."),
         "get-base": Late(f"{_I}:get_base", "State of the base image."),
         "get-diff-list": Late(f"{_I}:get_diff_list", "List diffs."),
         "get-applicable-diff-list": Late(
             f"{_I}:get_applicable_diff_list", "List the diffs that continue the base."
         ),
+        "get-num-diff": Late(f"{_D}:get_num_diff", "Count diffs."),
+        "get-total-diff-size": Late(f"{_D}:get_total_diff_size", "Add up the sizes of diffs."),
+        "cold": Late(f"{_D}:cold", "List cold images."),
+        "del-cold": Late(f"{_D}:del_cold", "Remove a cold image."),
         "get-uuid": Late(f"{_I}:get_uuid", "Uuid of the log that is sent, or that a history continues."),
         "get-archive-uuid": Late(f"{_I}:get_archive_uuid", "Uuid of the lineage of images."),
+    },
+    "Copies": {
+        "replicate": Late(f"{_C}:replicate", "Bring a volume at another archive up to date."),
+        "synchronize": Late(f"{_C}:synchronize", "Feed another archive, too, without a gap."),
+        "replicas": Late(f"{_C}:replicas", "Where an archive has replicated a volume to."),
+        "forget-replica": Late(f"{_C}:forget_replica", "Keep nothing for a copy any more."),
     },
     "Volumes at servers": {
         "start": Late(f"{_V}:start", "Start a volume at a server."),
@@ -51,6 +79,7 @@ SECTIONS: dict[str, dict[str, Late]] = {
         "reset": Late(f"{_V}:reset", "Bring a stopped volume back to SyncReady."),
         "clear": Late(f"{_V}:clear", "Forget a volume at a server, and remove its files there."),
         "go-standby": Late(f"{_V}:go_standby", "Make a volume Standby at a storage."),
+        "resize": Late(f"{_T}:resize", "Grow a volume at all archives and storages."),
         "is-overflow": Late(f"{_V}:is_overflow", "Has the log of a volume overflowed?"),
         "set-full-scan-bps": Late(f"{_V}:set_full_scan_bps", "Limit the speed of full scans."),
         "get-state": Late(f"{_S}:get_state", "State of a volume at a server."),
@@ -72,6 +101,9 @@ SECTIONS: dict[str, dict[str, Late]] = {
         "version": Late(f"{_S}:version", "What runs at the servers."),
         "jobs": Late(f"{_S}:jobs", "Long work that runs or ran."),
         "wait": Late(f"{_S}:wait", "Wait for a job."),
+        "reload": Late(f"{_T}:reload", "Make daemons read their configuration again."),
+        "retarget": Late(f"{_T}:retarget", "Make storages use the archive and proxies of the group file."),
+        "dump-log-header": Late(f"{_T}:dump_log_header", "Keep a block of a log as a file."),
         "shutdown": Late(f"{_S}:shutdown", "End daemons."),
         "on": Late(f"{_S}:on", "Run a command of one server, such as `get log-usage`."),
     },

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import click
 
 from walbd.cli.walbc_app import SERVER, STORAGE, TIMEOUT, VOL, YES, App, command, sure
@@ -11,6 +14,8 @@ from walbd.controller.servers import Server, get_server
 from walbd.controller.words import check_bulk
 from walbd.errors import WalbError
 from walbd.units import parse_size
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 COMPRESS = click.option(
     "--compress", metavar="KIND[:LEVEL]", help="How proxies pack what they send.  [default: zstd:1, or as it was]"
@@ -50,17 +55,50 @@ def init_storage(app: App, vol: str, device: str | None, storage: str | None) ->
     app.tell({"volume": vol, "storage": sx.name, "state": "Standby"}, f"{vol} is Standby at {sx.name}")
 
 
+def backup_options(function: F) -> F:
+    """Add the options that full and hash backups share."""
+    for option in reversed(
+        [
+            VOL,
+            STORAGE,
+            click.option("--bulk", metavar="SIZE", help="Work in pieces of this size.  [default: 256k]"),
+            COMPRESS,
+            DELAY,
+            click.option("--no-wait", is_flag=True, help="Return when the backup has begun."),
+            TIMEOUT,
+        ]
+    ):
+        function = option(function)
+    return function
+
+
 @command("full-backup")
-@VOL
-@STORAGE
-@click.option("--bulk", metavar="SIZE", help="Copy in pieces of this size.  [default: 256k]")
-@COMPRESS
-@DELAY
-@click.option("--no-wait", is_flag=True, help="Return when the backup has begun.")
-@TIMEOUT
-def full_backup(
+@backup_options
+def full_backup(app: App, vol: str, **options: Any) -> None:
+    """Copy the whole volume to the primary archive, and back it up continuously from then on.
+
+    Prints the first generation that can be restored. A volume that is Target must be stopped first; everything
+    that is needed is checked before anything is changed.
+    """
+    _backup(app, vol, "full_backup", **options)
+
+
+@command("hash-backup")
+@backup_options
+def hash_backup(app: App, vol: str, **options: Any) -> None:
+    """Send what differs from the archive's latest image, and back the volume up continuously from then on.
+
+    That continues a history whose log was lost, as after an overflow. Prints the new generation that can be
+    restored. A volume that is Target must be stopped first, unless its log has overflowed.
+    """
+    _backup(app, vol, "hash_backup", **options)
+
+
+def _backup(
     app: App,
     vol: str,
+    method: str,
+    *,
     storage: str | None,
     bulk: str | None,
     compress: str | None,
@@ -68,19 +106,12 @@ def full_backup(
     no_wait: bool,
     timeout_s: float,
 ) -> None:
-    """Copy the whole volume to the primary archive, and back it up continuously from then on.
-
-    Prints the first generation that can be restored. A volume that is Target must be stopped first; everything
-    that is needed is checked before anything is changed.
-    """
     if bulk is not None:
         check_bulk(parse_size(bulk))
     sx = app.storage(storage, vol)
-    gid = app.ctl.full_backup(sx, vol, timeout_s, not no_wait, bulk, sync_opt(compress, delay_s))
-    if gid is None:
-        app.tell({"volume": vol, "storage": sx.name, "gid": None}, f"the backup of {vol} has begun at {sx.name}")
-    else:
-        app.tell({"volume": vol, "storage": sx.name, "gid": gid}, str(gid))
+    gid = getattr(app.ctl, method)(sx, vol, timeout_s, not no_wait, bulk, sync_opt(compress, delay_s))
+    begun = f"the backup of {vol} has begun at {sx.name}"
+    app.tell({"volume": vol, "storage": sx.name, "gid": gid}, begun if gid is None else str(gid))
 
 
 @command("snapshot")
