@@ -24,6 +24,7 @@ Source: docs/device.md, "Start and redo"; docs/formats.md, "Finding the end of t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from walbd.errors import CorruptData, Refused
@@ -31,7 +32,7 @@ from walbd.ext.logapply import first_odd_padding
 from walbd.ext.logpack import Stop
 from walbd.format.files import aligned_buffer
 from walbd.format.logpack import LOG_RECORD, LOG_RECORD_B, end_header
-from walbd.format.logscan import CHUNK_B, Batch
+from walbd.format.logscan import CHUNK_B, WHOLE_PACK_MAX_B, Batch
 from walbd.format.ring import LogEnd, Ring, log_end, refuse_contradictions
 from walbd.format.superblock import Superblock
 from walbd.fs import File, failpoints
@@ -80,6 +81,7 @@ def redo(
     zero_discards: bool = True,
     forget_max_b: int = FORGET_MAX_B,
     chunk_b: int = CHUNK_B,
+    whole_pack_max_b: int = WHOLE_PACK_MAX_B,
 ) -> RedoResult:
     """Apply the log from `written_lsid` on to the data device and make both agree; durable on return.
 
@@ -99,8 +101,15 @@ def redo(
     ring = Ring(ldev, superblock)
     begin = superblock.written_lsid
     counted = _Counted()
-    scanner = ring.scan(begin, chunk_b=chunk_b)
+    scan = partial(ring.scan, chunk_b=chunk_b, whole_pack_max_b=whole_pack_max_b)
+    scanner = scan(begin)
     for batch in scanner:
+        if not batch.n_packs and not batch.records:  # the header of a pack that comes in parts
+            lsid_end = batch.lsid_end + int.from_bytes(batch.data[6:8], "little")
+            if scan(batch.lsid, lsid_end=lsid_end, collect=False).run().lsid != lsid_end:
+                # It is torn: nothing of it may be applied before it is cut.
+                scanner = scan(batch.lsid, collect=False).run()
+                break
         _check(ring, batch, ddev_lb, str(ddev.path))
         failpoints.hit(FP_BEFORE_BATCH)
         counted.add(batch)
@@ -108,7 +117,7 @@ def redo(
     refuse_contradictions(ring, scanner, begin)
     end = log_end(scanner)
     if scanner.stop is Stop.BAD_DATA:
-        end = log_end(ring.scan(scanner.lsid, collect=False, keep_torn=True, chunk_b=chunk_b).run())
+        end = log_end(scan(scanner.lsid, collect=False, keep_torn=True).run())
     if end.torn:
         failpoints.hit(FP_BEFORE_TORN)
         # In a pack without any good record an end header replaces the old one, which must never count again.
@@ -117,7 +126,7 @@ def redo(
         ldev.sync()
     forgotten = forget_future(ldev, superblock, end.lsid, max_b=forget_max_b)
     if end.torn:
-        for batch in ring.scan(end.torn.lsid, lsid_end=end.lsid, chunk_b=chunk_b):
+        for batch in scan(end.torn.lsid, lsid_end=end.lsid):
             _check(ring, batch, ddev_lb, str(ddev.path))
             counted.add(batch)
             apply_records(ddev, batch.data, batch.records, zero_discards=zero_discards)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -69,9 +70,9 @@ class Devices:
             lsid += len(build_pack(0, self.sb.pbs, 0, ios)) // self.sb.pbs
         return lsids
 
-    def run(self, *, zero_discards: bool = True, chunk_b: int = 1 << 20) -> redo_module.RedoResult:
+    def run(self, *, zero_discards: bool = True, **bounds: Any) -> redo_module.RedoResult:
         with FS.open(self.ldev, write=True) as ldev, FS.open(self.ddev, write=True) as ddev:
-            return redo(ldev, ddev, open_superblock(ldev).superblock, zero_discards=zero_discards, chunk_b=chunk_b)
+            return redo(ldev, ddev, open_superblock(ldev).superblock, zero_discards=zero_discards, **bounds)
 
     def put(self, lsid: int, block: bytes | bytearray) -> None:
         with FS.open(self.ldev, write=True) as file:
@@ -105,13 +106,18 @@ PLANS = packs(DEVICE_LB, max_packs=8, paddings=False)
 LSIDS = st.integers(0, 1000)
 
 
-@given(PLANS, st.sampled_from([512, 4096]), LSIDS, st.sampled_from([1, 1 << 20]))
-@settings(max_examples=40, deadline=None)
+BOUNDS = st.sampled_from(
+    [{}, {"chunk_b": 1}, {"chunk_b": 1, "whole_pack_max_b": 1}, {"chunk_b": 8192, "whole_pack_max_b": 4096}]
+)
+
+
+@given(PLANS, st.sampled_from([512, 4096]), LSIDS, BOUNDS)
+@settings(max_examples=60, deadline=None)
 def test_redo_applies_the_log(
-    tmp_path_factory: pytest.TempPathFactory, plan: list[list[Io]], pbs: int, lsid: int, chunk_b: int
+    tmp_path_factory: pytest.TempPathFactory, plan: list[list[Io]], pbs: int, lsid: int, bounds: dict[str, Any]
 ) -> None:
     dev = Devices(tmp_path_factory.getbasetemp(), pbs, lsid, plan)
-    result = dev.run(chunk_b=chunk_b)
+    result = dev.run(**bounds)
     assert (result.begin_lsid, result.end.lsid, result.n_packs) == (lsid, dev.end, len(dev.packs))
     assert result.end.torn is None
     assert dev.image() == image_of(dev.base, dev.packs)
@@ -137,7 +143,15 @@ def test_redo_cuts_a_torn_pack(
     good = [*dev.packs[:index], dev.packs[index][:record]]
     with FS.open(dev.ldev) as file:
         found = find_end(file, dev.sb)
-    result = dev.run()
+    bounds: dict[str, Any] = data.draw(BOUNDS)
+    failpoints.arm(f"{redo_module.FP_BEFORE_TORN}=eio")
+    try:
+        with pytest.raises(OSError, match="Input/output"):
+            dev.run(**bounds)
+    finally:
+        failpoints.disarm()
+    assert dev.image() == image_of(dev.base, dev.packs[:index])  # nothing of the torn pack, before it is cut
+    result = dev.run(**bounds)
     assert result.end == found
     assert result.end.torn is not None
     assert (result.end.torn.lsid, result.end.torn.record) == (torn_lsid, record)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from walbd.errors import CorruptData, UsageError
 from walbd.format.compress import (
-    TODO,
+    RANGE_IN,
     CompressOpt,
     Kind,
     compress,
@@ -110,7 +110,7 @@ def test_batches(opt: CompressOpt) -> None:
     rng = random.Random(3)
     areas = (memoryview(TEXT), memoryview(rng.randbytes(8192)))
     ranges = [(rng.randrange(2), rng.randrange(4096), 512 * rng.randrange(1, 8)) for _ in range(40)]
-    todo = b"".join(TODO.pack(*r) for r in ranges)
+    todo = b"".join(RANGE_IN.pack(*r) for r in ranges)
     out = memoryview(bytearray(room_for(todo)))
     results = list(struct.iter_unpack("<QQ", compress_ranges(opt, areas, todo, out)))
     if opt.kind is Kind.NONE:

@@ -32,7 +32,7 @@ from walbd.ext.buffers import Buf
 
 _LZMA_MEMORY_MAX_B: Final = 128 << 20  # enough for every preset; a hostile header cannot ask for more
 
-TODO: Final = struct.Struct("<QQQ")  # memory area, place, size [byte]: a range to compress
+RANGE_IN: Final = struct.Struct("<QQQ")  # memory area, place, size [byte]: a range to compress
 _JOB: Final = struct.Struct("<QQIIII")  # wdiff_job of ext/src/wdiff.h
 
 
@@ -117,7 +117,7 @@ def decompress(kind: int, data: Buf, size_b: int, *, source: str = "payload", of
 def compress_ranges(opt: CompressOpt, areas: Sequence[memoryview], todo: bytes, out: memoryview) -> bytes:
     """Compress many ranges of some buffers, one payload each, into `out`, one behind the other.
 
-    `todo` holds TODO structs. `out` must have `room_for` bytes. Returns two u64 for each range: place in `out`
+    `todo` holds RANGE_IN structs. `out` must have `room_for` bytes. Returns two u64 for each range: place in `out`
     and size, or size 0 where the range did not shrink. Kind none has no results at all: everything stays as it is.
     """
     if opt.kind is Kind.NONE:
@@ -126,7 +126,7 @@ def compress_ranges(opt: CompressOpt, areas: Sequence[memoryview], todo: bytes, 
     at = 0
     if opt.kind is Kind.SNAPPY:
         compress_into = cramjam.snappy.compress_raw_into
-        for area, begin, size in TODO.iter_unpack(todo):
+        for area, begin, size in RANGE_IN.iter_unpack(todo):
             n = compress_into(areas[area][begin : begin + size], out[at:])
             if n < size:
                 results += (at, n)
@@ -135,7 +135,7 @@ def compress_ranges(opt: CompressOpt, areas: Sequence[memoryview], todo: bytes, 
                 results += (0, 0)
     else:
         compressor = _compressor(opt)
-        for area, begin, size in TODO.iter_unpack(todo):
+        for area, begin, size in RANGE_IN.iter_unpack(todo):
             packed = compressor(areas[area][begin : begin + size])
             n = len(packed)
             if n < size:

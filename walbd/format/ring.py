@@ -17,7 +17,7 @@ from walbd.errors import CorruptData
 from walbd.ext.logpack import Fault, Stop, find_claims, find_headers
 from walbd.format.files import ReadFile, aligned_buffer
 from walbd.format.logpack import FAULT_TEXT
-from walbd.format.logscan import CHUNK_B, LogScanner, TornPack
+from walbd.format.logscan import CHUNK_B, WHOLE_PACK_MAX_B, LogScanner, TornPack
 from walbd.format.superblock import Superblock
 from walbd.ids import INVALID_LSID, Lsid
 
@@ -86,6 +86,7 @@ class Ring:
         collect: bool = True,
         keep_torn: bool = False,
         chunk_b: int = CHUNK_B,
+        whole_pack_max_b: int = WHOLE_PACK_MAX_B,
     ) -> LogScanner:
         """Return a scanner of the log from the pack boundary `lsid` on, over one lap at most."""
         sb = self.superblock
@@ -99,6 +100,7 @@ class Ring:
             collect=collect,
             keep_torn=keep_torn,
             chunk_b=chunk_b,
+            whole_pack_max_b=whole_pack_max_b,
         )
 
     def has_pack(self, lsid: int) -> bool:
