@@ -13,6 +13,11 @@ from hypothesis import settings
 settings.register_profile("walbd", deadline=None)
 settings.load_profile("walbd")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite", action="store_true", help="write down what scenario files really say")
+
+
 LOG = pytest.StashKey[io.StringIO]()
 
 

@@ -33,9 +33,13 @@ from walbd.controller import Controller, ServerConnectionParam, ServerLayout
 from walbd.errors import WalbError
 from walbd.protocol.control import GetStatus, VolumeStatus
 
-__all__ = ["WAIT_S", "Group", "Leg", "Process", "Volume", "free_port", "run_walbd", "wait_until"]
+__all__ = ["WAIT_S", "Group", "Inexact", "Leg", "Process", "Volume", "free_port", "run_walbd", "wait_until"]
 
 _FILLER: Final = ".filler"
+
+
+class Inexact(AssertionError):
+    """A restored image is not what the volume was: what must never happen, whatever else went wrong."""
 
 
 class Group:
@@ -62,6 +66,7 @@ class Group:
         self.volumes: dict[str, Volume] = {}
         self.relay = Relay()
         self.links: dict[tuple[str, str], Link] = {}
+        self.show_logs = True  # when the block fails
         self._full: set[str] = set()
         self.a = [self._param(f"a{i}", 2) for i in range(archives)]
         self.p = [self._param(f"p{i}", 1) for i in range(proxies)]
@@ -84,7 +89,7 @@ class Group:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if exc is not None:
+        if exc is not None and self.show_logs:
             for process in self.processes.values():
                 if process.log.exists():
                     print(f"--- {process.name}\n{process.tail()}")
@@ -296,11 +301,11 @@ class Group:
         image = self._restored(volume, gid, server)
         seqs = volume.states_of(image)
         where = f"{volume.name} gid {gid} at {server.name}"
-        assert seqs, f"{where} is nothing that the volume ever was"
+        if not seqs:
+            raise Inexact(f"{where} is nothing that the volume ever was{_compare(image, volume)}")
         spans = volume.points.get(gid)
-        if spans is not None:
-            fits = any(first <= seq <= last for seq in seqs for first, last in spans)
-            assert fits, f"{where} is state {seqs}, and the snapshot was taken in {spans}"
+        if spans is not None and not any(first <= seq <= last for seq in seqs for first, last in spans):
+            raise Inexact(f"{where} is state {seqs}, and the snapshot was taken in {spans}")
         return seqs
 
     def check_all(self, volume: Volume, *, implicit_max: int | None = None) -> dict[str, list[int]]:
@@ -322,7 +327,8 @@ class Group:
             last = 0
             for gid in sorted({*asked_for, *others}):
                 seqs = [seq for seq in self.check(volume, gid, server) if seq >= last]
-                assert seqs, f"{volume.name} gid {gid} at {server.name} is older than the one before it"
+                if not seqs:
+                    raise Inexact(f"{volume.name} gid {gid} at {server.name} is older than the one before it")
                 last = seqs[0]
         return found
 
@@ -364,6 +370,13 @@ class Group:
         process = Process(f"dev-{name}{suffix}", ["device", "serve", name, "--base-dir", str(devices)], self.root)
         self.processes[process.name] = process
         return Leg(server.name, process, directory, ldev, ddev)
+
+
+def _compare(image: bytes, volume: Volume) -> str:
+    """Say how an image differs from what the volume is now, for a person who looks for the reason."""
+    model = bytes(volume.model)
+    blocks = [at for at in range(0, len(image), 512) if image[at : at + 512] != model[at : at + 512]]
+    return f"; {len(blocks)} blocks differ from now, first at {blocks[:5]}" if blocks else ""
 
 
 def _error_of(volume: Volume) -> BaseException | None:

@@ -27,11 +27,15 @@ class NbdClient:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self._sock = socket.socket(family, socket.SOCK_STREAM)
         self._sock.settimeout(timeout_s)
-        self._sock.connect(address)
-        if family == socket.AF_INET:
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._cookie = 0
-        self.size_b, self.flags = self._handshake(export)
+        try:
+            self._sock.connect(address)
+            if family == socket.AF_INET:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.size_b, self.flags = self._handshake(export)
+        except BaseException:
+            self._sock.close()
+            raise
 
     def read(self, offset_b: int, size_b: int) -> bytes:
         return self._request(_READ, offset_b, size_b)

@@ -298,7 +298,8 @@ class Load:
                 began = time.monotonic()
                 size = self._burst()
                 self.written_b += size
-                self._end.wait(max(0.002, size / self._rate - (time.monotonic() - began)))
+                rest_s = size / self._rate - (time.monotonic() - began)
+                self._end.wait(max(0.002, rest_s) if size else 0.02)
         except BaseException as exc:
             self.error = exc
 
