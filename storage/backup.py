@@ -1,43 +1,41 @@
-"""The storage's side of a full backup: the live volume is copied while it is written to.
+"""The storage's side of backups: the live volume is copied, or compared, while it is written to.
 
 The log is reset first, so everything written from then on is in the log of the new history; it is sent through
 the proxies during the scan already. The copy is dirty: each block shows some instant between the reset and the
-snapshot at the end. The logs make it clean at the archive. Source: docs/storage.md, "Full backup".
+snapshot at the end. The logs make it clean at the archive.
+
+A full backup sends all of it; a hash backup what differs from the archive's latest snapshot, and so continues its
+history. Source: docs/storage.md, "Backups".
 """
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from contextlib import AsyncExitStack
-from typing import Final
-
-import structlog
+from typing import ClassVar, Final
 
 from walbd.daemon.conn import Connection, dial, with_filler
 from walbd.daemon.copying import ImageSource
 from walbd.daemon.full_copy import send_full
+from walbd.daemon.hash_sync import send_differences
 from walbd.daemon.jobs import Job
 from walbd.daemon.states import Step
-from walbd.errors import ConnectError, RemoteError, TimedOut, WalbError
-from walbd.ext.buffers import Buf
-from walbd.format.meta import Snapshot
+from walbd.errors import ConnectError, RemoteError, RemoteProtocolError, TimedOut, WalbError
+from walbd.format.compress import CompressOpt
+from walbd.format.meta import Snapshot, hash_backup_gid
 from walbd.fs import failpoints
-from walbd.ids import Gid
+from walbd.ids import NO_GID, Gid
 from walbd.protocol.base import Fact, Ok
-from walbd.protocol.transfer import BackupEnd, FullBackupOffer, FullChunk, LogReset, Packing
-from walbd.storage.device.interface import DataReader
+from walbd.protocol.codec import Request
+from walbd.protocol.sync import HashBackupOffer
+from walbd.protocol.transfer import BackupAccepted, BackupEnd, FullBackupOffer, LogReset, Packing
+from walbd.storage.device.interface import DataReader, DeviceInfo
 from walbd.storage.pace import Pace
 from walbd.storage.shared import hit
 from walbd.storage.states import Command, State
 from walbd.storage.volume import Volume
-from walbd.units import KIB, LB, MIB
-
-log = structlog.get_logger()
-
-PIECE_B: Final = 2 * MIB  # read at once
-PIECES_AHEAD: Final = 4  # being read or packed
-GRANULE_B: Final = 64 * KIB  # least size in which zeros are looked for
-ZEROS_MAX_B: Final = 32 * MIB  # told of in one message
+from walbd.units import LB
 
 FP_AFTER_ACCEPT: Final = failpoints.register(
     "storage.backup.after_accept", "SyncReady, the log as it was; the archive drops the backup"
@@ -49,123 +47,209 @@ FP_BEFORE_END: Final = failpoints.register(
     "storage.backup.before_end", "SyncReady, a complete copy that the archive drops"
 )
 FP_AFTER_DONE: Final = failpoints.register(
-    "storage.backup.after_done", "SyncReady, while the archive has the backup: back it up again"
+    "storage.backup.after_done", "SyncReady, while the archive has the backup: a hash backup continues it"
 )
 
 _LAST_WORDS_S: Final = 2.0
 
-Chunk = tuple[FullChunk, Buf]  # without payload: zeros
-
 
 async def begin_full_backup(volume: Volume, bulk_b: int) -> Job:
-    """Ask the archive, and begin the backup as a job once it has agreed.
+    """Ask the archive, and begin a full backup as a job once it has agreed.
 
     Raises what the state table, the device, or the archive refuses; then nothing has changed.
     """
-    shared = volume.shared
-    volume.check(Command.FULL_BACKUP)
-    async with AsyncExitStack() as stack:
-        step = volume.machine.enter(Command.FULL_BACKUP)
-        stack.callback(volume.machine.leave)
-        info = await volume.info()
-        conn = await stack.enter_async_context(dial(shared.env, shared.me, shared.config.archive_address()))
-        await conn.call(
-            FullBackupOffer(volume=volume.name, size_lb=info.size_lb, started=shared.now(), bulk_b=bulk_b)
-        )
-        hit(FP_AFTER_ACCEPT, volume.directory)
-        backup = FullBackup(volume, conn, step, size_b=info.size_lb * LB, bulk_b=bulk_b)
-        job = shared.start_job("full-backup", volume.name, lambda job: backup.run(job, kept))
-        kept = stack.pop_all()
-        return job
+    return await FullBackup(volume, bulk_b).begin()
 
 
-class FullBackup:
-    """One running full backup."""
+async def begin_hash_backup(volume: Volume, bulk_b: int) -> Job:
+    """The same for a hash backup."""
+    return await HashBackup(volume, bulk_b).begin()
 
-    def __init__(self, volume: Volume, conn: Connection, step: Step, *, size_b: int, bulk_b: int) -> None:
+
+class Backup(ABC):
+    """One backup, from the question to the archive to its end."""
+
+    NAME: ClassVar[str]
+    COMMAND: ClassVar[Command]
+    PHASE: ClassVar[str]  # what the scan is called
+
+    def __init__(self, volume: Volume, bulk_b: int) -> None:
         self._volume = volume
-        self._conn = conn
-        self._step = step
-        self._size_b = size_b
         self._bulk_b = bulk_b
-        self._loop = asyncio.get_running_loop()
-        self._sent_at = self._loop.time()
-        self._wire_b = 0
+        self._size_b = 0  # of the device
 
-    async def run(self, job: Job, stack: AsyncExitStack) -> dict[str, Fact]:
+    @abstractmethod
+    def _offer(self, info: DeviceInfo) -> Request[BackupAccepted]:
+        """Return what to ask the archive."""
+
+    @abstractmethod
+    def _first_gid(self, accepted: BackupAccepted) -> Gid:
+        """Return where the new history begins; raises RemoteProtocolError."""
+
+    @abstractmethod
+    async def _scan(self, job: Job, conn: Connection, source: ImageSource, uuid: bytes) -> dict[str, Fact]:
+        """Send the volume; return when the archive has all of it. Returns facts for the job's result."""
+
+    async def begin(self) -> Job:
+        """Ask the archive, and begin the work as a job."""
+        volume, shared = self._volume, self._volume.shared
+        volume.check(self.COMMAND)
+        async with AsyncExitStack() as stack:
+            step = volume.machine.enter(self.COMMAND)
+            stack.callback(volume.machine.leave)
+            info = await volume.info()
+            self._size_b = info.size_lb * LB
+            address = shared.config.archive_address()
+            conn = await stack.enter_async_context(dial(shared.env, shared.me, address))
+            accepted = await conn.call(self._offer(info))
+            gid = self._first_gid(accepted)
+            hit(FP_AFTER_ACCEPT, volume.directory)
+            job = shared.start_job(
+                self.NAME, volume.name, lambda job: self._run(job, conn, step, gid, accepted, kept)
+            )
+            kept = stack.pop_all()
+            return job
+
+    async def _run(
+        self, job: Job, conn: Connection, step: Step, gid: Gid, accepted: BackupAccepted, stack: AsyncExitStack
+    ) -> dict[str, Fact]:
         """Do it all; `stack` holds the step of the state machine and the connection."""
         volume = self._volume
         async with stack:
             try:
-                return await volume.unless_forced(lambda: self._in_slot(job))
+                return await volume.unless_forced(lambda: self._in_slot(job, conn, step, gid, accepted))
             except (ConnectError, TimedOut, RemoteError):
                 raise
             except WalbError as exc:
-                await self._tell(exc)
+                await _tell(conn, exc)
                 raise
             finally:
                 if volume.machine.state is not State.TARGET and volume.monitored:
                     await volume.end_monitoring()
 
-    async def _tell(self, error: WalbError) -> None:
-        """Tell the archive why the copy ends here, if it still listens; a lost connection would do as well."""
-        try:
-            async with asyncio.timeout(_LAST_WORDS_S):
-                await self._conn.send_error(error)
-        except TimeoutError:
-            pass
-
-    async def _in_slot(self, job: Job) -> dict[str, Fact]:
+    async def _in_slot(
+        self, job: Job, conn: Connection, step: Step, gid: Gid, accepted: BackupAccepted
+    ) -> dict[str, Fact]:
         """Wait for one of the few places for scans; the archive is told that we are still there."""
         slots = self._volume.shared.scan_slots
         job.begin("waiting for other scans")
-        await with_filler(self._conn, slots.acquire())
+        await with_filler(conn, slots.acquire())
         try:
-            return await self._backup(job)
+            return await self._backup(job, conn, step, gid, accepted)
         finally:
             slots.release()
 
-    async def _backup(self, job: Job) -> dict[str, Fact]:
-        volume, conn = self._volume, self._conn
-        began = self._loop.time()
+    async def _backup(
+        self, job: Job, conn: Connection, step: Step, gid: Gid, accepted: BackupAccepted
+    ) -> dict[str, Fact]:
+        volume, loop = self._volume, asyncio.get_running_loop()
+        began = loop.time()
         job.begin("resetting the log")
-        info = await volume.reset_log(0)
+        info = await volume.reset_log(gid)
         hit(FP_AFTER_RESET, volume.directory)
         await conn.call(LogReset(uuid=info.uuid))
         volume.begin_monitoring()
 
-        job.begin("copying", total=self._size_b)
+        size_b = max(self._size_b, accepted.size_lb * LB)
+        job.begin(self.PHASE, total=size_b)
         reader = await volume.device.open_data()
         try:
-            await self._copy(job, reader)
+            facts = await self._scan(job, conn, self._source(job, reader, size_b), info.uuid)
         finally:
             await reader.close()
-        await conn.expect(Ok)
 
         job.begin("finishing")
         hit(FP_BEFORE_END, volume.directory)
         point = await volume.take_point()
         volume.shared.scheduler.hurry(volume.name)
-        done = await conn.call(BackupEnd(snapshot=Snapshot(Gid(0), point.gid)))
+        done = await conn.call(BackupEnd(snapshot=Snapshot(gid, point.gid)))
         hit(FP_AFTER_DONE, volume.directory)
-        await volume.machine.commit_step(self._step, volume.commit)
+        await volume.machine.commit_step(step, volume.commit)
         return {
             "gid": point.gid,
             "size_b": self._size_b,
-            "wire_b": self._wire_b,
-            "elapsed_s": round(self._loop.time() - began, 3),
+            **facts,
+            "elapsed_s": round(loop.time() - began, 3),
             "archive_uuid": done.archive_uuid.hex(),
         }
 
-    async def _copy(self, job: Job, reader: DataReader) -> None:
-        """Send the whole volume in order."""
-        shared = self._volume.shared
+    def _source(self, job: Job, reader: DataReader, size_b: int) -> ImageSource:
+        """Return the live volume, up to `size_b`, as fast as scans may go."""
 
         def tick(done_b: int) -> None:
             if self._volume.lost is not None:
                 raise self._volume.lost
             job.progress(done_b)
 
-        source = ImageSource(read=reader.read, size_b=self._size_b, tick=tick, spend=Pace(shared.scan_limit).spend)
+        spend = Pace(self._volume.shared.scan_limit).spend
+        return ImageSource(read=reader.read, size_b=size_b, data_b=self._size_b, tick=tick, spend=spend)
+
+
+class FullBackup(Backup):
+    """A copy of everything, with which a new history begins at generation 0."""
+
+    NAME = "full-backup"
+    COMMAND = Command.FULL_BACKUP
+    PHASE = "copying"
+
+    def _offer(self, info: DeviceInfo) -> Request[BackupAccepted]:
+        now = self._volume.shared.now()
+        return FullBackupOffer(volume=self._volume.name, size_lb=info.size_lb, started=now, bulk_b=self._bulk_b)
+
+    def _first_gid(self, accepted: BackupAccepted) -> Gid:
+        if accepted.latest is not None or accepted.size_lb:
+            raise RemoteProtocolError("the archive takes a full backup for another one")
+        return Gid(0)
+
+    async def _scan(self, job: Job, conn: Connection, source: ImageSource, uuid: bytes) -> dict[str, Fact]:
+        shared = self._volume.shared
         packing = Packing(shared.config.backup_packing)
-        self._wire_b = await send_full(self._conn, shared.env.pools, source, bulk_b=self._bulk_b, packing=packing)
+        wire_b = await send_full(conn, shared.env.pools, source, bulk_b=self._bulk_b, packing=packing)
+        await conn.expect(Ok)
+        return {"wire_b": wire_b}
+
+
+class HashBackup(Backup):
+    """What differs from the archive's latest snapshot: the history goes on above it."""
+
+    NAME = "hash-backup"
+    COMMAND = Command.HASH_BACKUP
+    PHASE = "comparing"
+
+    def __init__(self, volume: Volume, bulk_b: int) -> None:
+        super().__init__(volume, bulk_b)
+        self._seed = volume.shared.env.rng.getrandbits(64)
+
+    def _offer(self, info: DeviceInfo) -> Request[BackupAccepted]:
+        return HashBackupOffer(
+            volume=self._volume.name,
+            size_lb=info.size_lb,
+            started=self._volume.shared.now(),
+            bulk_b=self._bulk_b,
+            seed=self._seed,
+        )
+
+    def _first_gid(self, accepted: BackupAccepted) -> Gid:
+        latest = accepted.latest
+        if latest is None or latest.is_none or latest.gid_e >= NO_GID >> 1 or accepted.size_lb * LB < self._size_b:
+            raise RemoteProtocolError(
+                "the archive has nothing to compare with", latest=latest, size_lb=accepted.size_lb
+            )
+        return hash_backup_gid(latest)
+
+    async def _scan(self, job: Job, conn: Connection, source: ImageSource, uuid: bytes) -> dict[str, Fact]:
+        shared = self._volume.shared
+        compress = CompressOpt.parse(shared.config.backup_packing)
+        found = await send_differences(
+            conn, shared.env.pools, source, bulk_b=self._bulk_b, seed=self._seed, uuid=uuid, compress=compress
+        )
+        return {"differing_b": found.differing_b, "wire_b": found.wire_b}
+
+
+async def _tell(conn: Connection, error: WalbError) -> None:
+    """Tell the archive why the backup ends here, if it still listens; a lost connection would do as well."""
+    try:
+        async with asyncio.timeout(_LAST_WORDS_S):
+            await conn.send_error(error)
+    except TimeoutError:
+        pass

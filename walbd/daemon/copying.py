@@ -6,14 +6,18 @@ Source: docs/protocol.md, "Transfers".
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from walbd.daemon.conn import Connection
-from walbd.errors import DiskFailed
+from walbd.errors import ConnectError, DiskFailed, RemoteError, WalbError
 from walbd.ext.buffers import Buf
 from walbd.protocol.base import Filler
 from walbd.protocol.codec import Message
+
+_LAST_WORDS_S: Final = 2.0
 
 Read = Callable[[int, int], Awaitable[Buf]]
 """Returns `size_b` bytes from `offset_b` on; several calls may be under way at once."""
@@ -58,6 +62,23 @@ class ImageSource:
         self.tick(done_b)
         if self.spend is not None:
             await self.spend(size_b, keep_alive)
+
+
+@asynccontextmanager
+async def heeding(conn: Connection) -> AsyncIterator[None]:
+    """When sending fails because the peer has ended the connection, raise what it said last, if it said why."""
+    try:
+        yield
+    except ConnectError:
+        try:
+            async with asyncio.timeout(_LAST_WORDS_S):
+                while True:
+                    await conn.receive()
+        except RemoteError:
+            raise
+        except (TimeoutError, WalbError):
+            pass
+        raise
 
 
 class LiveSender:

@@ -12,7 +12,7 @@ from typing import Final
 import xxhash
 
 from walbd.daemon.conn import Connection, with_filler
-from walbd.daemon.copying import ImageSource, LiveSender
+from walbd.daemon.copying import ImageSource, LiveSender, heeding
 from walbd.daemon.env import Pool, Pools
 from walbd.daemon.flow import in_order
 from walbd.daemon.packing import pack_bytes
@@ -60,7 +60,7 @@ async def send_full(
             await sender.send(chunk, *([payload] if len(payload) else []))
 
     done_b = begin_b
-    async with in_order(pieces, cut, depth=PIECES_AHEAD) as cut_pieces:
+    async with heeding(conn), in_order(pieces, cut, depth=PIECES_AHEAD) as cut_pieces:
         while (found := await with_filler(conn, anext(cut_pieces, None))) is not None:
             size_b, chunks = found
             for chunk in chunks:
@@ -69,8 +69,8 @@ async def send_full(
                 await send(zeros.flush())
             done_b += size_b
             await source.done(done_b, size_b, sender.keep_alive)
-    await send(zeros.flush())
-    await sender.send(End())
+        await send(zeros.flush())
+        await sender.send(End())
     return sender.payload_b
 
 

@@ -142,7 +142,7 @@ class _Comparison:
                     header = b""
                 await sender.keep_alive()
                 await source.done(done_b, length_b, sender.keep_alive)
-        rest = await self._pools.run(self._pool, self._maker.finish)
+        rest = await with_filler(self._conn, self._pools.run(self._pool, self._maker.finish))
         await sender.send(WdiffChunk(), header, rest)
         self._ended = True
         await sender.send(End())
