@@ -46,6 +46,7 @@ from walbd.protocol.control import (
     GetUuid,
     GetVolumes,
     GidValue,
+    HashBackup,
     IntValue,
     Kick,
     Kicked,
@@ -66,7 +67,7 @@ from walbd.protocol.control import (
 )
 from walbd.protocol.maintenance import DumpLogHeader, Reloaded, Retarget
 from walbd.storage import queries
-from walbd.storage.backup import begin_full_backup
+from walbd.storage.backup import begin_full_backup, begin_hash_backup
 from walbd.storage.config import StorageConfig
 from walbd.storage.device.interface import Device, DeviceInfo
 from walbd.storage.device.userspace import UserspaceDevice, device_me
@@ -246,6 +247,7 @@ class StorageServer:
         handlers: dict[type[Request[Any]], Handler] = {
             ClearVol: self._clear_vol,
             FullBackup: self._full_backup,
+            HashBackup: self._hash_backup,
             GetActions: self._get_actions,
             GetIsOverflow: self._get_is_overflow,
             GetLatestSnap: self._get_latest_snap,
@@ -326,6 +328,10 @@ class StorageServer:
 
     async def _full_backup(self, _conn: Connection, request: FullBackup) -> JobAccepted:
         job = await begin_full_backup(self._find(request.volume), request.bulk_b)
+        return JobAccepted(job=job.number)
+
+    async def _hash_backup(self, _conn: Connection, request: HashBackup) -> JobAccepted:
+        job = await begin_hash_backup(self._find(request.volume), request.bulk_b)
         return JobAccepted(job=job.number)
 
     async def _snapshot(self, _conn: Connection, request: TakeSnapshot) -> GidValue:
