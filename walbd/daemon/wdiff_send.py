@@ -6,19 +6,23 @@ Source: docs/protocol.md, "Transfers".
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Coroutine, Iterator
+from typing import Any, Final, TypeVar
 
 from walbd.daemon.conn import Connection
 from walbd.daemon.copying import Tick, nothing
 from walbd.daemon.env import Pool, Pools
-from walbd.errors import CorruptData
+from walbd.daemon.flow import cancel_all
+from walbd.errors import ConnectError, CorruptData, TimedOut
 from walbd.protocol.base import End, Ok
 from walbd.protocol.transfer import WdiffChunk
 from walbd.units import MIB
 
 _CHUNK_B: Final = 1 * MIB  # packs are gathered up to this before they are sent
 _FOREVER_S: Final = 365 * 86400.0
+_LAST_WORDS_S: Final = 2.0  # to wait for a peer's reason after the connection failed
+
+T = TypeVar("T")
 
 
 async def send_wdiff(conn: Connection, pools: Pools, pieces: Iterator[bytes], *, tick: Tick = nothing) -> int:
@@ -27,34 +31,52 @@ async def send_wdiff(conn: Connection, pools: Pools, pieces: Iterator[bytes], *,
     `pieces` (walbd.format.wdiff_merge.merge) is run in threads, a little ahead; nothing of it runs any more on
     return. An error of the receiver is raised as soon as it comes. The receiver is told of damaged data.
     """
+    try:
+        return await until_ok(conn, _send(conn, pools, pieces, tick))
+    except CorruptData as exc:
+        await conn.send_error(exc)
+        raise
+
+
+async def _send(conn: Connection, pools: Pools, pieces: Iterator[bytes], tick: Tick) -> int:
     size_b = 0
     ahead = asyncio.ensure_future(pools.run(Pool.SEND, gather_pieces, pieces))
-    # An error of the receiver must be seen while we send, not after all of it has gone.
-    answer = asyncio.ensure_future(conn.expect(Ok, timeout_s=_FOREVER_S))
     try:
         while parts := await ahead:
             ahead = asyncio.ensure_future(pools.run(Pool.SEND, gather_pieces, pieces))
             await conn.send(WdiffChunk(), *parts)
             size_b += sum(map(len, parts))
             tick(size_b)
-            if answer.done():
-                await answer
-                raise conn.unexpected(Ok())
         await conn.send(End())
+    finally:
+        await cancel_all([ahead])  # the files are in use until then
+    return size_b
+
+
+async def until_ok(conn: Connection, sending: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `sending`, which sends a stream with its End, once the receiver has answered Ok.
+
+    An error of the receiver ends the sending at once, instead of after all of it has gone.
+    """
+    answer = asyncio.ensure_future(conn.expect(Ok, timeout_s=_FOREVER_S))
+    work = asyncio.ensure_future(sending)
+    try:
+        await asyncio.wait({answer, work}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            answer.result()
+            raise conn.unexpected(Ok())
+        if isinstance(work.exception(), ConnectError | TimedOut):
+            await asyncio.wait({answer}, timeout=_LAST_WORDS_S)
+            if answer.done():
+                answer.result()  # why the receiver hung up, if it said so
+        result = work.result()
         if not answer.done():
             answer.cancel()  # to begin again, with a deadline; what has arrived is not lost
             await asyncio.wait({answer})
         await (conn.expect(Ok) if answer.cancelled() else answer)
-    except CorruptData as exc:
-        await conn.send_error(exc)
-        raise
+        return result
     finally:
-        answer.cancel()
-        await asyncio.wait({answer, ahead})  # the files are in use until then
-        for task in (answer, ahead):
-            if not task.cancelled():
-                task.exception()  # seen
-    return size_b
+        await cancel_all([answer, work])
 
 
 def gather_pieces(pieces: Iterator[bytes]) -> list[bytes]:
