@@ -5,8 +5,8 @@ In rounds of a limited number of files, each of which is
     1. read and verified: damage is found while the base is still good for everything before it
     2. record: the base is on its way from B to E
     3. blocks written, image synced
-    4. record: the base is E
-    5. diffs up to E removed
+    4. record: the base is E, and there are no cold images up to E
+    5. diffs up to E removed, and these cold images
 
 Between 2 and 4 the base means nothing without the diffs of that round, and they are all still there: whoever
 restores then lays them over the copy, and the next apply, whatever its target, does the round again.
@@ -19,15 +19,19 @@ from typing import Final
 
 import structlog
 
-from walbd.archive.diffs import opened, remove_diffs
+from walbd.archive.colds import colds_of, erase_images, without
+from walbd.archive.diffs import remove_diffs
+from walbd.archive.opening import open_diffs
 from walbd.archive.states import APPLY
 from walbd.archive.volume import Volume
 from walbd.daemon.env import Pool
 from walbd.daemon.jobs import Job
 from walbd.daemon.logs import error_fields
+from walbd.daemon.tasks import uninterrupted
 from walbd.errors import WalbError
-from walbd.format.meta import Diff, NotReachable
+from walbd.format.meta import BaseState, Diff, NotReachable
 from walbd.format.wdiff_merge import verify
+from walbd.format.wdiff_read import WdiffReader
 from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.fs.wdiff_apply import apply
@@ -53,7 +57,7 @@ FP_BEFORE_ERASE: Final = failpoints.register(
 
 def plan_apply(volume: Volume, gid: int) -> list[Diff]:
     """Return the next round on the way to `gid`; raises NotReachable when there is nothing to do at all."""
-    diffs = volume.diffs.to_apply(volume.base, gid, n_max=volume.place.config.open_files_max)
+    diffs = _next_round(volume, gid)
     if not diffs:
         raise NotReachable(
             "nothing can be applied up to this generation",
@@ -67,44 +71,57 @@ def plan_apply(volume: Volume, gid: int) -> list[Diff]:
 async def run_apply(volume: Volume, gid: int, job: Job) -> dict[str, Fact]:
     """The job: apply up to `gid`; the caller holds the action. An interrupted apply is finished first."""
     count = 0
-    while diffs := volume.diffs.to_apply(volume.base, gid, n_max=volume.place.config.open_files_max):
-        await _round(volume, diffs, job)
-        count += len(diffs)
+    while _next_round(volume, gid):
+        count += await _round(volume, gid, job)
     return {"base": str(volume.base), "diffs": count}
 
 
-async def _round(volume: Volume, diffs: Sequence[Diff], job: Job) -> None:
+def _next_round(volume: Volume, gid: int) -> list[Diff]:
+    return volume.diffs.to_apply(volume.base, gid, n_max=volume.place.config.open_files_max)
+
+
+async def _round(volume: Volume, gid: int, job: Job) -> int:
+    """Apply one round; return of how many diffs."""
     pools, clock = volume.place.env.pools, volume.place.env.clock
     volume.check_force()
-    job.begin("verifying", len(diffs), "wdiffs")
-    await pools.run(Pool.MAINTAIN, _verify, volume, diffs, job)
-    done = volume.base.end_applying(diffs)
-    began = volume.record.began | {APPLY: clock.now()}
-    await volume.save(base=volume.base.begin_applying(diffs), began=began)
-    job.begin("writing", volume.size_lb * LB)
-    await pools.run(Pool.MAINTAIN, _write, volume, diffs, job)
-    await volume.save(base=done)
-    erased = volume.drop_before(done.begin.gid_b)
-    try:
-        await pools.run(Pool.MAINTAIN, _erase, volume, erased)
-    except WalbError as exc:  # the base is done all the same; gc-diff, or the next start, removes them
-        log.warning("diffs.not_removed", volume=volume.name, diffs=len(erased), **error_fields(exc))
+    base, began = volume.base, clock.now()
+    async with open_diffs(volume, Pool.MAINTAIN, lambda: _next_round(volume, gid)) as (diffs, readers):
+        job.begin("verifying", len(diffs), "wdiffs")
+        await pools.run(Pool.MAINTAIN, _verify, volume, readers, job)
+        on_its_way, done = base.begin_applying(diffs), base.end_applying(diffs)
+        await volume.update(lambda record: {"base": on_its_way, "began": record.began | {APPLY: began}})
+        job.begin("writing", volume.size_lb * LB)
+        await pools.run(Pool.MAINTAIN, _write, volume, readers, job)
+    await uninterrupted(_finish(volume, done))
+    return len(diffs)
+
+
+async def _finish(volume: Volume, done: BaseState) -> None:
+    """Say that the base is done, and remove what it holds."""
+    pools, gid = volume.place.env.pools, done.begin.gid_b
+    passed = [cold for cold in colds_of(volume.record) if cold <= gid]
+    await volume.update(lambda record: {"base": done, "colds": without(record.colds, lambda cold: cold <= gid)})
+    async with volume.naming:
+        erased = volume.drop_before(gid)
+        try:
+            await pools.run(Pool.MAINTAIN, _erase, volume, erased, passed)
+        except WalbError as exc:  # the base is done all the same; gc-diff, or the next start, removes them
+            log.warning("diffs.not_removed", volume=volume.name, diffs=len(erased), **error_fields(exc))
 
 
 # in threads
 
 
-def _verify(volume: Volume, diffs: Sequence[Diff], job: Job) -> None:
+def _verify(volume: Volume, readers: Sequence[WdiffReader], job: Job) -> None:
     """Read all of the diffs once, so that damage is met before the base is touched."""
-    with opened(volume.place.env.fs, volume.directory, diffs) as readers:
-        for i, reader in enumerate(readers):
-            verify(reader, decode=False, size_lb=volume.size_lb, check=volume.check_force)
-            job.progress(i + 1)
+    for i, reader in enumerate(readers):
+        verify(reader, decode=False, size_lb=volume.size_lb, check=volume.check_force)
+        job.progress(i + 1)
     with disk_errors(volume.directory, "apply"):
         failpoints.hit(FP_BEFORE_BEGIN)
 
 
-def _write(volume: Volume, diffs: Sequence[Diff], job: Job) -> None:
+def _write(volume: Volume, readers: Sequence[WdiffReader], job: Job) -> None:
     place = volume.place
 
     def progress(done_lb: int) -> None:
@@ -113,16 +130,15 @@ def _write(volume: Volume, diffs: Sequence[Diff], job: Job) -> None:
 
     with disk_errors(volume.directory, "apply"):
         failpoints.hit(FP_AFTER_BEGIN)
-        with (
-            opened(place.env.fs, volume.directory, diffs) as readers,
-            place.images.open_base(volume.name, write=True) as image,
-        ):
+        with place.images.open_base(volume.name, write=True) as image:
             apply(readers, image, size_lb=volume.size_lb, check=volume.check_force, progress=progress)
             image.sync()
         failpoints.hit(FP_BEFORE_DONE)
 
 
-def _erase(volume: Volume, diffs: Sequence[Diff]) -> None:
+def _erase(volume: Volume, diffs: Sequence[Diff], colds: Sequence[int]) -> None:
     with disk_errors(volume.directory, "remove applied diffs"):
         failpoints.hit(FP_BEFORE_ERASE)
     remove_diffs(volume.place.env.fs, volume.directory, diffs)
+    if colds:
+        erase_images(volume, colds)

@@ -32,6 +32,9 @@ class ArchiveConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     scans_max: Annotated[
         Count, Meta(description="hashes and scans of images at the same time; more wait", extra=LIVE)
     ] = 2
+    replications_max: Annotated[
+        Count, Meta(description="replications sent at the same time; more wait", extra=LIVE)
+    ] = 2
     free_reserve_b: Annotated[
         Size, Meta(description="free space that backups, wdiffs and copies must leave on the disk", extra=LIVE)
     ] = 256 * MIB
@@ -56,7 +59,7 @@ class ArchiveConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         Meta(
             ge=0,
             le=100_000,
-            description="wdiffs that a hash or a scan of an image opens at once, as it cannot do so in parts; 0: no limit",
+            description="wdiffs that a hash or a scan of an image opens, all at once; 0: no limit",
             extra=LIVE,
         ),
     ] = 4096

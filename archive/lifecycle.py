@@ -7,6 +7,7 @@ the moment the volume is gone; what bears such a name is removed here and at sta
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,8 @@ import structlog
 
 from walbd.archive.diffs import remove_all_diffs
 from walbd.archive.images.store import ImageStore
+from walbd.archive.record import VolumeRecord
+from walbd.archive.recover import remove_copies
 from walbd.archive.states import Command, State
 from walbd.archive.volume import Place, Volume
 from walbd.daemon.env import Pool
@@ -22,10 +25,8 @@ from walbd.daemon.logs import error_fields
 from walbd.daemon.record import RECORD_NAME
 from walbd.daemon.states import Step
 from walbd.errors import WalbError
-from walbd.format.meta import NO_BASE
 from walbd.fs import FileSystem, failpoints
 from walbd.fs.disk import disk_errors
-from walbd.ids import NIL_UUID
 from walbd.protocol.base import Fact
 
 log = structlog.get_logger()
@@ -54,20 +55,16 @@ async def init_vol(volumes: dict[str, Volume], name: str, place: Place) -> None:
     step = volume.enter(Command.INIT_VOL)
     volumes[name] = volume
     fs, pools = place.env.fs, place.env.pools
-    made = False
-    try:
-        await pools.run(Pool.RECORD, fs.make_dir, volume.directory)
-        made = True
-        with disk_errors(volume.directory, "initialise the volume"):
-            failpoints.hit(FP_INIT_BEFORE_RECORD)
-        await volume.commit(step)
-    except BaseException:
-        del volumes[name]
-        if made:
-            await pools.run(Pool.RECORD, fs.remove_tree, volume.directory)
-        raise
-    finally:
-        volume.machine.leave()
+    async with AsyncExitStack() as ending:
+        ending.callback(volume.machine.leave)
+        async with AsyncExitStack() as undo:
+            undo.callback(volumes.pop, name)
+            await pools.run(Pool.RECORD, fs.make_dir, volume.directory)
+            undo.push_async_callback(pools.run, Pool.RECORD, fs.remove_tree, volume.directory)
+            with disk_errors(volume.directory, "initialise the volume"):
+                failpoints.hit(FP_INIT_BEFORE_RECORD)
+            await volume.commit(step)
+            undo.pop_all()
 
 
 async def clear_vol(volumes: dict[str, Volume], volume: Volume) -> None:
@@ -76,7 +73,7 @@ async def clear_vol(volumes: dict[str, Volume], volume: Volume) -> None:
     pools, place = volume.place.env.pools, volume.place
     try:
         if volume.machine.state is not State.BROKEN:
-            await _promise_nothing(volume, step)
+            await promise_nothing(volume, step)
         await pools.run(Pool.RECORD, _remove_images, place.env.fs, place.images, volume.directory)
         garbage = await pools.run(Pool.RECORD, _rename_away, place.env.fs, volume.directory)
         volume.machine.state = State.CLEAR
@@ -95,7 +92,7 @@ async def reset_vol(volume: Volume) -> None:
     step = volume.enter(Command.RESET_VOL)
     place = volume.place
     try:
-        await _promise_nothing(volume, step)
+        await promise_nothing(volume, step)
         await place.env.pools.run(
             Pool.RECORD, _remove_images, place.env.fs, place.images, volume.directory, keep_record=True
         )
@@ -118,11 +115,11 @@ async def stop(volume: Volume, _job: Job) -> dict[str, Fact] | None:
     return None
 
 
-async def _promise_nothing(volume: Volume, step: Step) -> None:
-    """Write the record of an empty volume, and forget what it had."""
-    empty = Step(step.during, State.SYNC_READY)
-    nil = NIL_UUID.hex()
-    await volume.commit(empty, size_lb=0, base=NO_BASE, uuid=nil, archive_uuid=nil, colds={}, began={})
+async def promise_nothing(volume: Volume, step: Step) -> None:
+    """Write the record of an empty volume, SyncReady, and forget what it had. The step goes on."""
+    empty = VolumeRecord(state=State.SYNC_READY)
+    fields = {name: getattr(empty, name) for name in empty.__struct_fields__ if name != "state"}
+    await volume.commit(Step(step.during, State.SYNC_READY), **fields)
     volume.reset_memory()
     volume.machine.actions.clear()
 
@@ -132,8 +129,7 @@ def _remove_images(fs: FileSystem, images: ImageStore, directory: Path, *, keep_
     with disk_errors(directory, "remove the data"):
         failpoints.hit(FP_BEFORE_REMOVE)
     name = directory.name
-    for gid in images.restored(name):
-        images.remove_restored(name, gid)
+    remove_copies(images, name)
     images.remove_unfinished(name)
     images.remove_base(name)
     remove_all_diffs(fs, directory)

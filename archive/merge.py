@@ -5,9 +5,9 @@
     3. named     from here on the merged diff counts; its parts lead nowhere
     4. parts     forgotten, then their files removed
 
-A crash before 3 leaves an unfinished file, one after it files that the next start removes. The newest snapshot, the
-protected ones and every state of the base stay reachable all the time (docs/metadata.md, Merging; docs/archive.md,
-"Merge").
+A crash before 3 leaves an unfinished file, one after it files that the next start removes. The newest snapshot,
+the protected ones and every state of the base stay reachable all the time (docs/metadata.md, Merging;
+docs/archive.md, "Merge").
 """
 
 from __future__ import annotations

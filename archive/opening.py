@@ -1,8 +1,8 @@
 """Opening the wdiffs of a volume while others may merge or rename them (docs/archive.md, "Wdiffs that change").
 
-Whoever reads wdiffs chooses them from the collection in memory, and opens their files in a thread. In between they
-may get other names (a snapshot was protected), or be replaced by a merged one. Then the choice is made again; an open
-file stays good whatever happens to its name.
+Whoever reads wdiffs chooses them from the collection in memory, and opens their files in a thread. In between
+they may get other names (a snapshot was protected), or be replaced by a merged one. Then the choice is made again;
+an open file stays good whatever happens to its name.
 """
 
 from __future__ import annotations

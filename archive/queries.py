@@ -16,9 +16,10 @@ from walbd.daemon.env import Pool
 from walbd.daemon.server import Handler
 from walbd.daemon.states import Machine
 from walbd.errors import InternalError, NotFound, UsageError
-from walbd.format.meta import NO_BASE, BaseState
+from walbd.format.meta import NO_BASE, BaseState, Diff
 from walbd.ids import parse_uuid
 from walbd.protocol import control as c
+from walbd.protocol import maintenance as m
 from walbd.protocol.codec import Request
 from walbd.protocol.maintenance import Gaps, GetGaps
 from walbd.protocol.transfer import GatheredLatest, GatherLatest
@@ -63,6 +64,13 @@ class Queries:
             c.GetMetaState: self._meta_state,
             c.GetMetaSnap: self._meta_snap,
             GetGaps: self._gaps,
+            m.GetNumDiff: self._num_diff,
+            m.GetTotalDiffSize: self._total_diff_size,
+            m.GetExistsDiff: self._exists_diff,
+            m.GetCold: self._cold,
+            m.GetBaseAll: self._base_all,
+            m.GetVolumeGroup: self._volume_group,
+            m.GetThinpool: self._thinpool,
             GatherLatest: self._gather_latest,
         }
 
@@ -81,10 +89,14 @@ class Queries:
         return c.Actions(rows=rows)
 
     async def _diff(self, _conn: Connection, request: c.GetDiff) -> c.Diffs:
-        volume = self._volumes.get(request.volume)
-        if request.gid_b >= request.gid_e:
-            raise UsageError("an empty range of generations", gid_b=request.gid_b, gid_e=request.gid_e)
-        return c.Diffs(diffs=volume.diffs.get_range(request.gid_b, request.gid_e) if volume is not None else [])
+        return c.Diffs(diffs=self._range(request.volume, request.gid_b, request.gid_e))
+
+    async def _num_diff(self, _conn: Connection, request: m.GetNumDiff) -> c.IntValue:
+        return c.IntValue(value=len(self._range(request.volume, request.gid_b, request.gid_e)))
+
+    async def _total_diff_size(self, _conn: Connection, request: m.GetTotalDiffSize) -> c.IntValue:
+        diffs = self._range(request.volume, request.gid_b, request.gid_e)
+        return c.IntValue(value=sum(diff.size_b for diff in diffs))
 
     async def _applicable_diff(self, _conn: Connection, request: c.GetApplicableDiff) -> c.Diffs:
         volume = self._volumes.get(request.volume)
@@ -120,7 +132,25 @@ class Queries:
     async def _gather_latest(self, _conn: Connection, request: GatherLatest) -> GatheredLatest:
         return GatheredLatest(rows=[latest_row(name, self._volumes.get(name)) for name in request.volumes])
 
+    async def _base_all(self, _conn: Connection, _request: m.GetBaseAll) -> m.BaseStates:
+        rows = [(name, volume.base) for name, volume in sorted(self._volumes.items()) if volume.is_active]
+        return m.BaseStates(rows=rows)
+
+    async def _volume_group(self, _conn: Connection, _request: m.GetVolumeGroup) -> c.TextValue:
+        return c.TextValue(value="")  # images are files
+
+    async def _thinpool(self, _conn: Connection, _request: m.GetThinpool) -> c.TextValue:
+        return c.TextValue(value="")
+
     # --- in some states
+
+    async def _exists_diff(self, _conn: Connection, request: m.GetExistsDiff) -> c.BoolValue:
+        volume = known(self._volumes, request.volume, Command.GET_LATEST_SNAP)
+        return c.BoolValue(value=request.diff in volume.diffs)
+
+    async def _cold(self, _conn: Connection, request: m.GetCold) -> c.Gids:
+        volume = known(self._volumes, request.volume, Command.GET_RESTORED)
+        return c.Gids(gids=sorted(map(int, volume.record.colds)))
 
     async def _num_action(self, _conn: Connection, request: c.GetNumAction) -> c.IntValue:
         if request.action not in ACTIONS:
@@ -160,6 +190,13 @@ class Queries:
         return c.TextValue(value=str(self._place.images.restored_path(volume.name, request.gid)))
 
     # --- help
+
+    def _range(self, name: str, gid_b: int, gid_e: int) -> list[Diff]:
+        """Return the diffs that begin there; none of a volume that is not known."""
+        if gid_b >= gid_e:
+            raise UsageError("an empty range of generations", gid_b=gid_b, gid_e=gid_e)
+        volume = self._volumes.get(name)
+        return volume.diffs.get_range(gid_b, gid_e) if volume is not None else []
 
     def _state_at(self, name: str, gid: int, *, applying: bool) -> BaseState:
         """Return the base's state after, or during, an apply up to `gid`."""

@@ -126,13 +126,13 @@ async def _transfer(
     try:
         try:
             async with volume.giving_up():
-                if await pools.run(Pool.RECORD, _look, place, volume.name) is None:
+                if await pools.run(Pool.RECORD, look_for_room, place, volume.name) is None:
                     return WdiffVerdict(verdict=Verdict.NOT_FOUND, hint="the base image has vanished")
                 if offer.size_lb > volume.size_lb:
-                    await _grow(volume, offer.size_lb)
+                    await grow(volume, offer.size_lb)
                 await pools.run(Pool.RECEIVE, sink.open)
                 await conn.send(accept)
-                await _stream(volume, conn, sink)
+                await take_stream(volume, conn, sink)
             await uninterrupted(_commit(volume, sink, diff, offer.uuid))
         finally:
             await pools.run(Pool.RECEIVE, sink.close)
@@ -145,8 +145,11 @@ async def _transfer(
     return Ok()
 
 
-async def _stream(volume: Volume, conn: Connection, sink: WdiffSink) -> None:
-    """Take packs until the end of the stream; each piece is verified while the next one comes."""
+async def take_stream(volume: Volume, conn: Connection, sink: WdiffSink) -> None:
+    """Take packs until the end of the stream; each piece is verified while the next one comes.
+
+    On return the file is complete, decoded once, and durable, without a name.
+    """
     pools, config = volume.place.env.pools, volume.place.config
     timer = SyncTimer(config.fsync_interval_b, config.fsync_interval_s)
     async with Pipeline(0) as pipeline:
@@ -173,16 +176,16 @@ async def _nothing_more(_to: State) -> None:
     """The state is Archived before and after, and the wdiff is its own record."""
 
 
-async def _grow(volume: Volume, size_lb: int) -> None:
+async def grow(volume: Volume, size_lb: int) -> None:
     """Grow the image to the size of the sender's device: the image first, then the record that promises it."""
     place = volume.place
     old_lb = volume.size_lb
     await place.env.pools.run(Pool.RECEIVE, place.images.grow_base, volume.name, size_lb * LB)
-    await volume.save(size_lb=size_lb)
+    await volume.grown(size_lb)
     log.info("volume.grown", volume=volume.name, size_lb=size_lb, old_size_lb=old_lb)
 
 
-def _look(place: Place, name: str) -> int | None:
+def look_for_room(place: Place, name: str) -> int | None:
     """Return the size of the base image; raises DiskFull when there is no room for more data."""
     check_room(place)
     return place.images.base_size(name)

@@ -19,6 +19,7 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     diff: Diff
     uuid: str
+    verified: int = 0  # when the last scrub that found no damage began [unix s]
     gaps: tuple[Gap, ...]
 
     def is_true(self, record: VolumeRecord) -> bool:
@@ -50,6 +51,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     archive_uuid: str = NIL_UUID.hex()  # of the lineage of images: equal at replicas
     colds: dict[str, int] = {}  # time of each cold image [unix s] by its gid
     began: dict[str, int] = {}  # when an action last began [unix s], by name
+    verified: int = 0  # when the last scrub that found no damage began [unix s]
     gaps: tuple[Gap, ...] = ()  # intervals without restore points, oldest first; only the last may be open
     holds: tuple[Hold, ...] = ()  # by generation
     replicas: tuple[ReplicaPosition, ...] = ()  # destinations of replications, by node

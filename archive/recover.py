@@ -32,12 +32,13 @@ from walbd.format.meta import Diff, DiffManager, diff_name
 from walbd.format.wdiff_read import open_wdiff
 from walbd.fs import TMP_PREFIX, FileSystem, failpoints
 from walbd.fs.disk import disk_errors
-from walbd.units import LB
+from walbd.units import LB, MIB
 
 FP_BEFORE_GC: Final = failpoints.register(
     "archive.start.before_gc", "everything is read and nothing is repaired: the next start does it"
 )
 _GID: Final = re.compile(r"0|[1-9][0-9]{0,19}")
+_COMPARE_B: Final = 1 * MIB
 STORED_STATES: Final = frozenset({State.SYNC_READY, State.ARCHIVED, State.STOPPED})
 
 
@@ -66,12 +67,15 @@ def load_volume(fs: FileSystem, images: ImageStore, directory: Path) -> Loaded:
     found = find_diffs(fs, directory)
     settled = _settle_pending(fs, directory, _check_image(images, name, record), found.diffs)
     diffs, duplicates = DiffManager.load(found.diffs)
+    doubled = [diff for diff in duplicates if _is_second_name(fs, directory, diff, diffs)]
+    duplicates = [diff for diff in duplicates if diff_name(diff) not in map(diff_name, doubled)]
     useless = diffs.gc(record.base)  # raises HistoryBroken
     newest = diffs.latest(record.base).begin
     gap = [diff for diff in useless if diff.begin.gid_b > newest.gid_b]
     passed = [diff for diff in useless if diff.begin.gid_b <= newest.gid_b]
     with disk_errors(directory, "repair the volume"):
         failpoints.hit(FP_BEFORE_GC)
+    remove_diffs(fs, directory, doubled)
     put_aside(fs, directory, duplicates, ASIDE_DUPLICATE)
     put_aside(fs, directory, gap, ASIDE_GAP)
     remove_diffs(fs, directory, passed)
@@ -151,6 +155,17 @@ def _check_image(images: ImageStore, volume: str, record: VolumeRecord) -> Volum
         )
     size_lb = size_b // LB
     return record if size_lb == record.size_lb else msgspec.structs.replace(record, size_lb=size_lb)
+
+
+def _is_second_name(fs: FileSystem, directory: Path, diff: Diff, diffs: DiffManager) -> bool:
+    """Tell whether a crash came while this file was getting other flags, so that it has another name too."""
+    other = diffs.find(diff.begin, diff.end)
+    if other is None or (other.timestamp, other.comp, other.size_b) != (diff.timestamp, diff.comp, diff.size_b):
+        return False
+    with fs.open(directory / diff_name(diff)) as first, fs.open(directory / diff_name(other)) as second:
+        return all(
+            first.pread(_COMPARE_B, at) == second.pread(_COMPARE_B, at) for at in range(0, diff.size_b, _COMPARE_B)
+        )
 
 
 def _check_colds(images: ImageStore, volume: str, record: VolumeRecord) -> VolumeRecord:

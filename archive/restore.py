@@ -1,21 +1,25 @@
 """Restore: a writable copy of the volume as it was at one clean snapshot (docs/archive.md, "Restore").
 
-The base image is cloned and the diffs up to the snapshot are applied to the clone, which gets its name when it is
-complete and durable. An apply is kept out from the beginning to the end, so the clone is what the record says.
+The base image, or a cold image above it, is cloned and the diffs up to the snapshot are applied to the clone,
+which gets its name when it is complete and durable. An apply is kept out from the beginning to the end, so the
+clone is what the record says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack, ExitStack
 from typing import Final
 
-from walbd.archive.diffs import opened
+from walbd.archive.colds import cold_gid, keep_cold, start_for
+from walbd.archive.opening import open_diffs
 from walbd.archive.volume import Volume
 from walbd.daemon.env import Pool
 from walbd.daemon.jobs import Job
 from walbd.daemon.tasks import uninterrupted
-from walbd.errors import AlreadyExists, InternalError, NotFound
+from walbd.errors import AlreadyExists, InternalError
 from walbd.format.meta import BaseState, Diff, Snapshot
+from walbd.format.wdiff_read import WdiffReader
 from walbd.fs import File, failpoints
 from walbd.fs.disk import disk_errors
 from walbd.fs.wdiff_apply import apply
@@ -30,38 +34,36 @@ FP_BEFORE_RENAME: Final = failpoints.register(
 )
 FP_AFTER_RENAME: Final = failpoints.register("archive.restore.after_rename", "the restored image is there")
 
-_RETRIES: Final = 10
-
 
 def check_restore(volume: Volume, gid: int) -> None:
     """Raise AlreadyExists or NotReachable unless `gid` can be restored now."""
     if gid in volume.restored:
         raise AlreadyExists("this generation is restored already", hint="delete the restored image first", gid=gid)
-    volume.diffs.to_restore(volume.base, gid)
+    volume.diffs.to_restore(start_for(volume, gid), gid)
 
 
 async def run_restore(volume: Volume, gid: int, job: Job) -> dict[str, Fact]:
     """The job; the caller holds the action. A failure leaves nothing behind."""
     pools, images = volume.place.env.pools, volume.place.images
-    state = volume.base
-    try:
-        volume.check_force()
+    volume.check_force()
+    state = start_for(volume, gid)
+    async with AsyncExitStack() as undo:
+        undo.push_async_callback(pools.run, Pool.MAINTAIN, images.abandon_clone, volume.name, gid)
         job.begin("cloning", volume.size_lb * LB)
-        image = await pools.run(Pool.MAINTAIN, _clone, volume, gid, job)
+        image = await pools.run(Pool.MAINTAIN, _clone, volume, gid, cold_gid(volume, state), job)
         try:
-            while diffs := _next_round(volume, state, gid):
+            while _next_round(volume, state, gid):
                 job.begin("writing", volume.size_lb * LB)
-                state = await _round(volume, image, state, diffs, gid, job)
+                state = await _round(volume, image, state, gid, job)
             if state.begin != Snapshot.clean(gid):
                 raise InternalError("the diffs do not lead to the snapshot", gid=gid, state=str(state))
             job.begin("syncing")
             await pools.run(Pool.MAINTAIN, image.sync)
         finally:
             await pools.run(Pool.MAINTAIN, image.close)
+        await keep_cold(volume, gid, state.timestamp)
         await uninterrupted(_finish(volume, gid))
-    except BaseException:
-        await pools.run(Pool.MAINTAIN, images.abandon_clone, volume.name, gid)
-        raise
+        undo.pop_all()
     return {"gid": gid, "path": str(images.restored_path(volume.name, gid))}
 
 
@@ -69,19 +71,11 @@ def _next_round(volume: Volume, state: BaseState, gid: int) -> list[Diff]:
     return volume.diffs.to_restore(state, gid, n_max=volume.place.config.open_files_max)
 
 
-async def _round(
-    volume: Volume, image: File, state: BaseState, diffs: list[Diff], gid: int, job: Job
-) -> BaseState:
+async def _round(volume: Volume, image: File, state: BaseState, gid: int, job: Job) -> BaseState:
     """Apply one round to the copy and return where it leads. Files may be replaced by merged ones meanwhile."""
-    for _ in range(_RETRIES):
-        try:
-            await volume.place.env.pools.run(Pool.MAINTAIN, _write, volume, image, diffs, job)
-            return state.end_applying(diffs)
-        except NotFound:
-            if (again := _next_round(volume, state, gid)) == diffs:
-                raise
-            diffs = again
-    raise InternalError("the diffs change again and again", gid=gid)
+    async with open_diffs(volume, Pool.MAINTAIN, lambda: _next_round(volume, state, gid)) as found:
+        await volume.place.env.pools.run(Pool.MAINTAIN, _write, volume, image, found.readers, job)
+        return state.end_applying(found.diffs)
 
 
 async def _finish(volume: Volume, gid: int) -> None:
@@ -92,30 +86,27 @@ async def _finish(volume: Volume, gid: int) -> None:
 # in threads
 
 
-def _clone(volume: Volume, gid: int, job: Job) -> File:
+def _clone(volume: Volume, gid: int, cold: int | None, job: Job) -> File:
     def tick(done_b: int) -> None:
         job.progress(done_b)
         volume.check_force()
 
-    image = volume.place.images.clone_base(volume.name, gid, tick)
-    try:
+    with ExitStack() as undo:
+        image = undo.enter_context(volume.place.images.clone_base(volume.name, gid, tick, cold=cold))
         with disk_errors(image.path, "restore"):
             failpoints.hit(FP_AFTER_CLONE)
-    except BaseException:
-        image.close()
-        raise
+        undo.pop_all()
     return image
 
 
-def _write(volume: Volume, image: File, diffs: Sequence[Diff], job: Job) -> None:
-    with opened(volume.place.env.fs, volume.directory, diffs) as readers:
-        apply(
-            readers,
-            image,
-            size_lb=volume.size_lb,
-            check=volume.check_force,
-            progress=lambda done_lb: job.progress(done_lb * LB),
-        )
+def _write(volume: Volume, image: File, readers: Sequence[WdiffReader], job: Job) -> None:
+    apply(
+        readers,
+        image,
+        size_lb=volume.size_lb,
+        check=volume.check_force,
+        progress=lambda done_lb: job.progress(done_lb * LB),
+    )
 
 
 def _name(volume: Volume, gid: int) -> None:

@@ -19,9 +19,13 @@ from walbd.archive.gc_diff import gc_diffs
 from walbd.archive.hash_backup import receive_hash_backup
 from walbd.archive.images.file_store import FileStore
 from walbd.archive.images.store import ImageStore
+from walbd.archive.maintain import Maintenance
 from walbd.archive.queries import Queries, known
 from walbd.archive.receive import receive_wdiff
 from walbd.archive.recover import is_leftover, load_volume
+from walbd.archive.replica_queries import ReplicaQueries
+from walbd.archive.replicate_in import Destination
+from walbd.archive.replicate_out import Replicator
 from walbd.archive.restore import check_restore, run_restore
 from walbd.archive.slots import Slots
 from walbd.archive.states import APPLY, RESTORE, Command
@@ -77,7 +81,12 @@ class ArchiveServer:
         self._wdiffs = Slots(config.wdiffs_max)
         self._backups = Slots(config.backups_max)
         self._maintenance = Slots(config.maintain_max)
+        self._restores = Slots(config.restores_max)
+        self._scans = Slots(config.scans_max)
+        self._replications = Slots(config.replications_max)
         self._starter = Starter(self.jobs, self._maintenance, env.clock)
+        self._restorer = Starter(self.jobs, self._restores, env.clock)
+        self._scanner = Starter(self.jobs, self._scans, env.clock)
         self._me = identity(config, Kind.ARCHIVE)
         self.settings = Settings(config, env, read)
         common = CommonRequests(
@@ -97,8 +106,15 @@ class ArchiveServer:
     def _follow(self, _old: ArchiveConfig, new: ArchiveConfig) -> None:
         """Take over changed settings: most are asked for in `place.config` when they are needed."""
         self.place.config = new
-        limits = ((self._wdiffs, new.wdiffs_max), (self._backups, new.backups_max))
-        for slots, n_max in (*limits, (self._maintenance, new.maintain_max)):
+        limits = (
+            (self._wdiffs, new.wdiffs_max),
+            (self._backups, new.backups_max),
+            (self._restores, new.restores_max),
+            (self._maintenance, new.maintain_max),
+            (self._scans, new.scans_max),
+            (self._replications, new.replications_max),
+        )
+        for slots, n_max in limits:
             slots.n_max = n_max
             slots.changed.set()
         if isinstance(self.place.images, FileStore):
@@ -111,19 +127,19 @@ class ArchiveServer:
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Load all volumes, repair what a crash left, and listen. Raises NotFound, Busy or ConnectError."""
-        self._starter.tasks = tasks
+        for starter in (self._starter, self._restorer, self._scanner):
+            starter.tasks = tasks
         pools, fs, base = self._env.pools, self._env.fs, self._base_dir
         self._lock = await pools.run(Pool.RECORD, partial(lock_base, fs, base, create=False))
-        try:
+        with ExitStack() as undo:
+            undo.enter_context(self._lock)
             await pools.run(Pool.RECORD, lifecycle.remove_garbage, fs, base)
             names = await pools.run(Pool.RECORD, volume_names, fs, base)
             await asyncio.gather(*(self._load(name) for name in names))
             await self._server.listen(
                 tasks, [Address(self._config.listen, self._config.port)], tls_context(self._config, server=True)
             )
-        except BaseException:
-            self._lock.close()
-            raise
+            undo.pop_all()
         for address in self.addresses:
             log.info("daemon.listening", address=str(address), volumes=len(self.volumes))
 
@@ -161,6 +177,10 @@ class ArchiveServer:
     def _handlers(self) -> dict[type[Request[Any]], Handler]:
         return {
             **Queries(self.volumes, self.place).handlers(),
+            **Destination(self.volumes, self.place, copies=self._backups, wdiffs=self._wdiffs).handlers(),
+            **Replicator(self.volumes, self.place, self._me, self._starter, self._replications).handlers(),
+            **ReplicaQueries(self.volumes).handlers(),
+            **Maintenance(self.volumes, self._starter, self._scanner).handlers(),
             c.GetStatus: self._status,
             c.ArchiveInitVol: self._init_vol,
             c.ClearVol: self._clear_vol,
@@ -208,7 +228,7 @@ class ArchiveServer:
     async def _restore(self, _conn: Connection, request: c.Restore) -> JobAccepted:
         volume = known(self.volumes, request.volume, Command.RESTORE)
         check_restore(volume, request.gid)
-        job = self._starter.under_action(
+        job = self._restorer.under_action(
             "restore", volume, RESTORE, lambda job: run_restore(volume, request.gid, job)
         )
         return accepted(job)
@@ -257,6 +277,12 @@ class ArchiveServer:
             "wdiffs_receiving": self._wdiffs.running,
             "wdiffs_waiting": self._wdiffs.waiting,
             "backups_receiving": self._backups.running,
+            "restores_running": self._restores.running,
+            "restores_waiting": self._restores.waiting,
+            "scans_running": self._scans.running,
+            "scans_waiting": self._scans.waiting,
+            "replications_running": self._replications.running,
+            "replications_waiting": self._replications.waiting,
             "maintenance_running": self._maintenance.running,
             "maintenance_waiting": self._maintenance.waiting,
         }

@@ -45,6 +45,7 @@ class Command(StrEnum):
     GC_DIFF = "gc-diff"
     BHASH = "bhash"
     VIRT_FULL_SCAN = "virt-full-scan"
+    SCRUB = "scrub"
     DBG_RELOAD_METADATA = "dbg-reload-metadata"
     DBG_SET_UUID = "dbg-set-uuid"
     DBG_SET_STATE = "dbg-set-state"
@@ -69,7 +70,9 @@ RESTORE: Final = "Restore"
 REPLICATE: Final = "ReplSyncAsClient"
 RESIZE: Final = "Resize"
 SCAN: Final = "Scan"  # bhash and virt-full-scan: they read the base image
-ACTIONS: Final = (MERGE, APPLY, RESTORE, REPLICATE, RESIZE, SCAN)
+SCRUB: Final = "Scrub"  # reads everything, and bears that anything changes meanwhile
+ACTIONS: Final = (MERGE, APPLY, RESTORE, REPLICATE, RESIZE, SCAN, SCRUB)
+READING: Final = frozenset({SCAN, SCRUB})  # they do not mind that data is added
 
 # Passing states by name, where code asks for them.
 FULL_SYNC: Final = "FullSync"
@@ -78,9 +81,9 @@ WDIFF_RECV: Final = "WdiffRecv"
 REPL_SYNC: Final = "ReplSyncAsServer"
 START: Final = "Start"
 ADDING: Final = frozenset({HASH_SYNC, WDIFF_RECV, REPL_SYNC})
+REPAIR: Final = "Repair"
 
 _ARCHIVED: Final = frozenset({State.ARCHIVED})
-_STOPPED: Final = frozenset({State.STOPPED})
 _HOLDING: Final = frozenset({State.ARCHIVED, State.STOPPED})
 _KNOWN: Final = frozenset({State.SYNC_READY, State.ARCHIVED, State.STOPPED})
 
@@ -128,11 +131,18 @@ TABLE: Final[StateTable[State, Command]] = StateTable(
         (State.SYNC_READY, Command.FULL_BACKUP): Step(FULL_SYNC, State.ARCHIVED),
         (State.SYNC_READY, Command.REPL_FULL): Step(FULL_SYNC, State.ARCHIVED),
         (State.SYNC_READY, Command.REPL_RESYNC): Step("Resync", State.ARCHIVED),
+        # First the record says SyncReady: a resync that fails leaves that.
+        (State.ARCHIVED, Command.REPL_RESYNC): Step("Resync", State.ARCHIVED),
         (State.ARCHIVED, Command.HASH_BACKUP): Step(HASH_SYNC, State.ARCHIVED),
         (State.ARCHIVED, Command.WDIFF_TRANSFER): Step(WDIFF_RECV, State.ARCHIVED),
         (State.ARCHIVED, Command.REPL_ROUND): Step(REPL_SYNC, State.ARCHIVED),
         (State.ARCHIVED, Command.STOP): Step("Stop", State.STOPPED),
         (State.STOPPED, Command.START): Step(START, State.ARCHIVED),
+        (State.STOPPED, Command.DBG_RELOAD_METADATA): Step(REPAIR, State.STOPPED),
+        (State.STOPPED, Command.DBG_SET_UUID): Step(REPAIR, State.STOPPED),
+        (State.STOPPED, Command.DBG_SET_BASE): Step(REPAIR, State.STOPPED),
+        # Which state it ends in is what the command says.
+        (State.STOPPED, Command.DBG_SET_STATE): Step(REPAIR, State.STOPPED),
     },
     rules={
         # A second stop is refused by the flag of the first; the step itself comes while the flag is set.
@@ -156,10 +166,9 @@ TABLE: Final[StateTable[State, Command]] = StateTable(
         ),
         Command.BHASH: _active(APPLY),
         Command.VIRT_FULL_SCAN: _active(APPLY),
-        Command.DBG_RELOAD_METADATA: Rule(frozenset(_STOPPED), excludes=ALL),
-        Command.DBG_SET_UUID: Rule(frozenset(_STOPPED), excludes=ALL),
-        Command.DBG_SET_STATE: Rule(frozenset(_STOPPED), excludes=ALL),
-        Command.DBG_SET_BASE: Rule(frozenset(_STOPPED), excludes=ALL),
+        Command.SCRUB: _holding(SCRUB),
+        Command.HASH_BACKUP: Rule(frozenset(_ARCHIVED), excludes=frozenset(ACTIONS) - READING),
+        Command.REPL_ROUND: Rule(frozenset(_ARCHIVED)),  # a round that compares keeps applies out by a Scan
         Command.WDIFF_TRANSFER: Rule(frozenset(_ARCHIVED)),
         Command.GET_ACTIONS: Rule(frozenset(_KNOWN), while_stopping=True, while_moving=True),
         Command.GET_RESTORED: _holding(while_stopping=True),

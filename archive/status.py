@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from walbd.archive.replicas import hops
 from walbd.archive.states import State
 from walbd.archive.volume import Volume
 from walbd.ids import NO_GID
@@ -35,7 +36,9 @@ def volume_status(name: str, volume: Volume | None) -> VolumeStatus:
         base="" if volume.base.begin.is_none else volume.base.describe(),
         restorable=len(points),
         restored=sorted(volume.restored),
-        error="; ".join(volume.remarks),
+        hops=hops(volume),
+        verified=volume.record.verified,
+        error="; ".join([*volume.remarks, *volume.damage]),
     )
 
 

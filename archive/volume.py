@@ -1,9 +1,9 @@
 """One volume at an archive: the owner of everything that is known of it.
 
 All of it lives on the event loop; methods that are not async are one step of it. There are two locks per volume,
-never held while waiting for a peer: `naming`, while files of diffs get other names or go, and the one inside `save`,
-while the record is replaced. `naming` comes first. Long work holds a step or an action of the machine instead
-(archive/states.py), and that keeps out what must not run beside it.
+never held while waiting for a peer: `naming`, while files of diffs get other names or go, and the one inside
+`save`, while the record is replaced. `naming` comes first. Long work holds a step or an action of the machine
+instead (archive/states.py), and that keeps out what must not run beside it.
 """
 
 from __future__ import annotations
@@ -66,11 +66,13 @@ class Volume:
         self.latest = self.record.base  # the newest state that can be reached: always diffs.latest(base)
         self.restored: set[int] = set()
         self.remarks: list[str] = []  # for the operator
+        self.damage: list[str] = []  # what the last scrub found, for the operator
         self.error: WalbError | None = None  # why it is Broken
         self.progress_lb = 0  # of a copy that is being received
         self.received = 0  # when data came last [unix s]
         self.naming = asyncio.Lock()  # held while files of diffs are renamed or removed, with the collection
         self.merging: Diff | None = None  # what a running merge makes: a snapshot inside it is about to vanish
+        self.replicating: set[str] = set()  # addresses of destinations to which a replication runs
         self._lock = asyncio.Lock()
         self._unsure = False  # a save failed: the disk may hold either record
         self._points: dict[bool, list[RestorePoint]] = {}
@@ -86,6 +88,10 @@ class Volume:
     def size_lb(self) -> int:
         """Size of the base image [logical block]; 0 when there is none to use."""
         return self.record.size_lb
+
+    def replica_gids(self) -> list[int]:
+        """Where the destinations of replications stand: what leads on from there must not be merged away."""
+        return [replica.gid for replica in self.record.replicas]
 
     @property
     def is_active(self) -> bool:
@@ -153,13 +159,17 @@ class Volume:
         await uninterrupted(self._save(lambda _: changes))
 
     async def update(self, change: Callable[[VolumeRecord], dict[str, Any]]) -> None:
-        """Like `save`, for fields whose new value depends on the old: `change(record)` is called under the lock."""
+        """Like `save`, where the new values depend on the old: `change(record)` is called under the lock."""
         await uninterrupted(self._save(change))
 
     async def begin_action(self, name: str) -> None:
         """Remember durably that an action begins now, so that a policy does not begin anew after a restart."""
         now = self.place.env.clock.now()
         await self.update(lambda record: {"began": record.began | {name: now}})
+
+    async def grown(self, size_lb: int) -> None:
+        """Record that the image has at least this size; it never becomes smaller."""
+        await self.update(lambda record: {"size_lb": max(record.size_lb, size_lb)})
 
     async def commit(self, step: Step, **changes: Any) -> None:
         """End a step well: its target state, with other fields of the record, durable and then visible."""
@@ -207,6 +217,11 @@ class Volume:
         self._points.clear()
         return self.diffs.erase_before(gid)
 
+    def drop_range(self, gid_begin: int, gid_end: int) -> list[Diff]:
+        """Forget the diffs that a newer one, which covers this range, replaces; their files are to be removed."""
+        self._points.clear()
+        return self.diffs.gc_range(gid_begin, gid_end)
+
     def drop_useless(self) -> list[Diff]:
         """Forget the diffs that lead nowhere; their files are to be removed afterwards."""
         self._points.clear()
@@ -217,6 +232,7 @@ class Volume:
         self.diffs = DiffManager()
         self.restored = set()
         self.remarks = []
+        self.damage = []
         self.latest = self.base
         self._points.clear()
 

@@ -31,15 +31,19 @@ class Starter:
         """
         stack = ExitStack()
         stack.enter_context(volume.machine.action(action, self._clock.now()))
+        return self.holding(name, volume, stack, lambda job: self._in_turn(volume, job, work))
 
-        async def run(job: Job) -> dict[str, Fact] | None:
-            with self.slots.turn() as turn:
-                job.begin("waiting")
-                async with volume.giving_up():
-                    await turn.comes()
-                return await work(job)
+    async def within(self, name: str, volume: Volume, action: str, work: Work) -> None:
+        """Like `under_action`, for work that is a conversation: it is done here, and its error comes out."""
+        with volume.machine.action(action, self._clock.now()):
+            await self.jobs.within(name, volume.name, lambda job: self._in_turn(volume, job, work))
 
-        return self.holding(name, volume, stack, run)
+    async def _in_turn(self, volume: Volume, job: Job, work: Work) -> dict[str, Fact] | None:
+        with self.slots.turn() as turn:
+            job.begin("waiting")
+            async with volume.giving_up():
+                await turn.comes()
+            return await work(job)
 
     def holding(self, name: str, volume: Volume, held: ExitStack, work: Work) -> Job:
         """Begin work that lets go of `held` at its end."""

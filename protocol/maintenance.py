@@ -10,7 +10,7 @@ import msgspec
 from walbd.format.meta import BaseState, Diff
 from walbd.protocol.base import U32, U64, JobAccepted, Node, Ok, Text, Time, Uuid, Volume
 from walbd.protocol.codec import Message, Request, message
-from walbd.protocol.control import BoolValue, Bulk, Compress, Gids, HostPort, IntValue
+from walbd.protocol.control import BoolValue, Bulk, Compress, Gids, HostPort, IntValue, TextValue
 
 UINT64_MAX = (1 << 64) - 1
 
@@ -117,6 +117,38 @@ class VirtFullScan(Request[ScanBegin]):
     bulk_b: Bulk = 256 << 10
     size_lb: U64 = 0  # 0: the whole volume
     sleep_percent: Annotated[int, msgspec.Meta(ge=0, le=99)] = 0  # share of the time to rest
+
+
+@message("scrub")
+class Scrub(Request[JobAccepted]):
+    """Read and verify every wdiff of a volume, and read its images; nothing is changed or removed.
+
+    The job's result counts what was read, and what is damaged; `damaged_files` names it.
+    """
+
+    volume: Volume
+
+
+@message("base-states")
+class BaseStates(Message):
+    """Base states by volume."""
+
+    rows: list[tuple[str, BaseState]]
+
+
+@message("get-base-all")
+class GetBaseAll(Request[BaseStates]):
+    """Ask for the base states of all active volumes."""
+
+
+@message("get-volume-group")
+class GetVolumeGroup(Request[TextValue]):
+    """Ask in which LVM volume group the images are; empty when they are files."""
+
+
+@message("get-thinpool")
+class GetThinpool(Request[TextValue]):
+    """Ask in which LVM thin pool the images are; empty when in none."""
 
 
 # Replication

@@ -1,13 +1,15 @@
-"""Images as sparse files: `VOL/base.img` and `VOL/restored/GID.img`.
+"""Images as sparse files: `VOL/base.img`, `VOL/restored/GID.img` and `VOL/cold/GID.img`.
 
 A restore shares blocks with the base image where the file system can (XFS, btrfs), and otherwise copies the parts
-that are not holes. What is all zero is a hole again. Unfinished copies are named `VOL/restored/tmp_GID.img`.
+that are not holes. What is all zero is a hole again. Unfinished copies are named `VOL/restored/tmp_GID.img`. Cold
+images are made where blocks are shared, and nowhere else.
 Source: docs/archive.md, "Images".
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +20,8 @@ from walbd.units import MIB
 
 BASE_NAME: Final = "base.img"
 RESTORED_DIR: Final = "restored"
-_RESTORED: Final = re.compile(r"(0|[1-9][0-9]{0,19})\.img")
+COLD_DIR: Final = "cold"
+_IMAGE: Final = re.compile(r"(0|[1-9][0-9]{0,19})\.img")
 _COPY_B: Final = 4 * MIB
 
 
@@ -28,7 +31,8 @@ class FileStore:
     def __init__(self, fs: FileSystem, base_dir: Path, *, free_reserve_b: int = 0) -> None:
         self._fs = fs
         self._base_dir = base_dir
-        self._free_reserve_b = free_reserve_b
+        self.free_reserve_b = free_reserve_b
+        self._shares = False  # the last copy shared the blocks of the image: others will
 
     def base_size(self, volume: str) -> int | None:
         path = self._base(volume)
@@ -40,15 +44,13 @@ class FileStore:
     def prepare_base(self, volume: str, size_b: int) -> PreparedImage:
         path = self._base(volume)
         fresh = not self._fs.exists(path)
-        file = self._fs.open(path, write=True, create=fresh)
-        try:
+        with ExitStack() as undo:
+            file = undo.enter_context(self._fs.open(path, write=True, create=fresh))
             if file.size() != size_b:
                 file.truncate(size_b)
             if fresh:
                 self._fs.sync_dir(path.parent)
-        except BaseException:
-            file.close()
-            raise
+            undo.pop_all()
         return PreparedImage(file, reads_zero=fresh)
 
     def grow_base(self, volume: str, size_b: int) -> None:
@@ -60,23 +62,24 @@ class FileStore:
     def remove_base(self, volume: str) -> None:
         self._fs.unlink(self._base(volume))
 
-    def clone_base(self, volume: str, gid: int, tick: Tick) -> File:
-        directory = self._directory(volume)
-        if not self._fs.is_dir(directory):
-            self._fs.make_dir(directory)
+    def clone_base(self, volume: str, gid: int, tick: Tick, *, cold: int | None = None) -> File:
+        self._make_dir(self._directory(volume))
         path = self._unfinished(volume, gid)
         self._fs.unlink(path)
-        file = self._fs.open(path, create=True)
-        try:
+        with ExitStack() as undo:
+            file = self._fs.open(path, create=True)
+            undo.callback(self._fs.unlink, path)
+            undo.enter_context(file)
             base = self._base(volume)
-            if not self._fs.clone(base, file):
-                self._check_room(base)
-                with self._fs.open(base) as source:
-                    self._copy(source, file, tick)
-        except BaseException:
-            file.close()
-            self._fs.unlink(path)
-            raise
+            source = base if cold is None else self._cold(volume, cold)
+            self._shares = self._fs.clone(source, file)
+            if not self._shares:
+                self._check_room(source)
+                with self._fs.open(source) as opened:
+                    self._copy(opened, file, tick)
+            if cold is not None and file.size() < (size_b := self._fs.size_of(base)):
+                file.truncate(size_b)  # the volume was grown since
+            undo.pop_all()
         return file
 
     def finish_clone(self, volume: str, gid: int) -> None:
@@ -86,22 +89,39 @@ class FileStore:
         self._fs.unlink(self._unfinished(volume, gid))
 
     def restored(self, volume: str) -> list[int]:
-        matches = (_RESTORED.fullmatch(name) for name in self._names(volume))
-        return sorted(int(match[1]) for match in matches if match)
+        return self._gids(self._directory(volume))
 
     def restored_path(self, volume: str, gid: int) -> Path:
         return self._directory(volume) / f"{gid}.img"
 
     def remove_restored(self, volume: str, gid: int) -> None:
-        directory = self._directory(volume)
-        if self._fs.is_dir(directory):
-            self._fs.unlink(self.restored_path(volume, gid))
-            self._fs.sync_dir(directory)
+        self._remove(self.restored_path(volume, gid))
 
     def remove_unfinished(self, volume: str) -> None:
-        for name in self._names(volume):
-            if name.startswith(TMP_PREFIX):
-                self._fs.unlink(self._directory(volume) / name)
+        for directory in (self._directory(volume), self._cold_directory(volume)):
+            for name in self._names(directory):
+                if name.startswith(TMP_PREFIX):
+                    self._fs.unlink(directory / name)
+
+    def make_cold(self, volume: str, gid: int) -> bool:
+        if not self._shares:
+            return False
+        path = self._cold(volume, gid)
+        self._make_dir(path.parent)
+        with self._fs.temp_file(path.parent) as file:
+            if not self._fs.clone(self._unfinished(volume, gid), file):
+                return False
+            file.commit(path)
+        return True
+
+    def colds(self, volume: str) -> list[int]:
+        return self._gids(self._cold_directory(volume))
+
+    def open_cold(self, volume: str, gid: int) -> File:
+        return self._fs.open(self._cold(volume, gid))
+
+    def remove_cold(self, volume: str, gid: int) -> None:
+        self._remove(self._cold(volume, gid))
 
     def _copy(self, source: File, target: File, tick: Tick) -> None:
         """Copy what is not a hole; the target is new and empty."""
@@ -116,24 +136,42 @@ class FileStore:
                 done_b += len(piece)
                 tick(done_b)
 
-    def _check_room(self, base: Path) -> None:
-        need_b, free_b = self._fs.allocated_of(base), self._fs.free_b(base.parent)
-        if free_b - need_b < self._free_reserve_b:
+    def _check_room(self, source: Path) -> None:
+        need_b, free_b = self._fs.allocated_of(source), self._fs.free_b(source.parent)
+        if free_b - need_b < self.free_reserve_b:
             raise DiskFull(
                 "no room for a copy of the image",
                 hint="free space, or keep the archive on a file system that shares blocks, such as XFS",
-                path=str(base.parent),
+                path=str(source.parent),
                 need_b=need_b,
                 free_b=free_b,
-                reserve_b=self._free_reserve_b,
+                reserve_b=self.free_reserve_b,
             )
 
-    def _names(self, volume: str) -> list[str]:
-        directory = self._directory(volume)
+    def _names(self, directory: Path) -> list[str]:
         return self._fs.list_names(directory) if self._fs.is_dir(directory) else []
+
+    def _gids(self, directory: Path) -> list[int]:
+        matches = (_IMAGE.fullmatch(name) for name in self._names(directory))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _make_dir(self, directory: Path) -> None:
+        if not self._fs.is_dir(directory):
+            self._fs.make_dir(directory)
+
+    def _remove(self, path: Path) -> None:
+        if self._fs.is_dir(path.parent):
+            self._fs.unlink(path)
+            self._fs.sync_dir(path.parent)
 
     def _base(self, volume: str) -> Path:
         return self._base_dir / volume / BASE_NAME
+
+    def _cold_directory(self, volume: str) -> Path:
+        return self._base_dir / volume / COLD_DIR
+
+    def _cold(self, volume: str, gid: int) -> Path:
+        return self._cold_directory(volume) / f"{gid}.img"
 
     def _directory(self, volume: str) -> Path:
         return self._base_dir / volume / RESTORED_DIR

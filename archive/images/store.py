@@ -1,8 +1,9 @@
 """Where the images of volumes are kept: what an archive asks of such a place (docs/archive.md, "Images").
 
-One *base* image per volume, and *restored* images, each a writable copy at one generation. All calls may block;
-code on the event loop makes them in a pool. Sizes and offsets are bytes. Calls for one volume that change images
-are kept apart by the state table, so a store needs no locks.
+One *base* image per volume, *restored* images, each a writable copy at one generation, and *cold* images, which
+are like restored ones and never change; a store makes them only if they share the blocks of the others. All calls
+may block; code on the event loop makes them in a pool. Sizes and offsets are bytes. Calls for one volume that
+change images are kept apart by the state table, so a store needs no locks.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ class ImageStore(Protocol):
     def remove_base(self, volume: str) -> None:
         """Remove the base image; a missing one is fine."""
 
-    def clone_base(self, volume: str, gid: int, tick: Tick) -> File:
+    def clone_base(self, volume: str, gid: int, tick: Tick, *, cold: int | None = None) -> File:
         """Make an unfinished writable copy of the base image for a restore of `gid`; raises DiskFull.
 
-        A stale one is replaced. It costs no copying where the disk can share blocks.
+        With `cold` it is a copy of that cold image, as large as the base image. A stale one is replaced. It costs
+        no copying where the disk can share blocks.
         """
 
     def finish_clone(self, volume: str, gid: int) -> None:
@@ -68,3 +70,18 @@ class ImageStore(Protocol):
 
     def remove_unfinished(self, volume: str) -> None:
         """Remove the unfinished copies that a crash left."""
+
+    def make_cold(self, volume: str, gid: int) -> bool:
+        """Keep an unfinished copy, which the caller has synced, as the cold image `gid` too, durably.
+
+        Returns False, and does nothing, where that would cost copying.
+        """
+
+    def colds(self, volume: str) -> list[int]:
+        """Return the generations of the cold images, ascending."""
+
+    def open_cold(self, volume: str, gid: int) -> File:
+        """Open a cold image for reading; raises NotFound."""
+
+    def remove_cold(self, volume: str, gid: int) -> None:
+        """Remove a cold image, durably; a missing one is fine."""

@@ -290,7 +290,7 @@ async def test_gc_removes_what_leads_nowhere(feed: Feed, tmp_path: Path) -> None
 
 
 async def test_jobs_beyond_the_limit_wait_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with ArchiveRig(tmp_path, maintain_max=1) as rig:
+    async with ArchiveRig(tmp_path, restores_max=1) as rig:
         feeds = [Feed(rig, f"v{i}", seed=i) for i in range(3)]
         for feed in feeds:
             await feed.init()
@@ -300,7 +300,8 @@ async def test_jobs_beyond_the_limit_wait_their_turn(tmp_path: Path, monkeypatch
             jobs = [(await rig.call(c.Restore(volume=feed.name, gid=1))).job for feed in feeds]
             await gate.wait()
             facts = (await rig.call(c.GetStatus())).server
-            assert (facts["maintenance_running"], facts["maintenance_waiting"]) == (1, 2)
+            assert (facts["restores_running"], facts["restores_waiting"]) == (1, 2)
+            assert facts["maintenance_running"] == 0  # restores wait for nothing but restores
             rows = (await rig.call(GetJobs(volume="v2"))).jobs
             assert [(row.name, row.state, row.phase) for row in rows] == [("restore", JobState.RUNNING, "waiting")]
             # A forced stop takes a waiting job out of the queue at once.

@@ -38,16 +38,17 @@ disable-snapshot    | active                             | Apply Merge          
 gc-diff             | active Stopped                     | all                                             | no
 bhash               | active                             | Apply                                           | yes
 virt-full-scan      | active                             | Apply                                           | yes
+scrub               | active Stopped                     | Scrub                                           | yes
 dbg-reload-metadata | Stopped                            | all                                             | yes
 dbg-set-uuid        | Stopped                            | all                                             | yes
 dbg-set-state       | Stopped                            | all                                             | yes
 dbg-set-base        | Stopped                            | all                                             | yes
 full-backup         | SyncReady                          | all                                             | yes
-hash-backup         | Archived                           | all                                             | yes
+hash-backup         | Archived                           | Merge Apply Restore ReplSyncAsClient Resize     | yes
 wdiff-transfer      | Archived                           |                                                 | yes
 replicate-full      | SyncReady                          | all                                             | yes
 replicate-resync    | SyncReady                          | all                                             | yes
-replicate-round     | Archived                           | all                                             | yes
+replicate-round     | Archived                           | Merge Apply Restore ReplSyncAsClient Resize     | yes
 get-num-action      | SyncReady Archived Stopped passing |                                                 | no
 get-restored        | active Stopped                     |                                                 | no
 get-restorable      | active                             |                                                 | yes
@@ -60,7 +61,7 @@ TRANSITIONS = """
 Clear InitVol SyncReady; SyncReady ClearVol Clear; Stopped ClearVol Clear; Broken ClearVol Clear;
 SyncReady ResetVol SyncReady; Stopped ResetVol SyncReady; SyncReady FullSync Archived; SyncReady Resync Archived;
 Archived HashSync Archived; Archived WdiffRecv Archived; Archived ReplSyncAsServer Archived; Archived Stop Stopped;
-Stopped Start Archived
+Stopped Start Archived; Stopped Repair Stopped
 """
 
 

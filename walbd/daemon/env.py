@@ -28,7 +28,7 @@ class Pool(StrEnum):
     RECORD = "record"  # small durable records and directory work: short, and many wait for them
     RECEIVE = "receive"  # taking in wlogs, wdiffs and backups: always has room
     SEND = "send"  # reading logs and wdiffs for transfers
-    MAINTAIN = "maintain"  # apply, merge, restore: long
+    MAINTAIN = "maintain"  # apply, merge, restore: long; bounded by the limits on such jobs
     QUERY = "query"  # scans and hashes that an operator asked for
 
 
@@ -64,7 +64,7 @@ class ThreadPools:
     """Bounded thread pools, one for each kind."""
 
     def __init__(self, sizes: dict[Pool, int] | None = None) -> None:
-        sizes = {Pool.RECORD: 4, Pool.RECEIVE: 4, Pool.SEND: 4, Pool.MAINTAIN: 2, Pool.QUERY: 2} | (sizes or {})
+        sizes = {Pool.RECORD: 4, Pool.RECEIVE: 4, Pool.SEND: 4, Pool.MAINTAIN: 64, Pool.QUERY: 2} | (sizes or {})
         self._pools = {
             pool: ThreadPoolExecutor(size, thread_name_prefix=f"walbd-{pool}") for pool, size in sizes.items()
         }

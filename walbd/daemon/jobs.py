@@ -18,6 +18,7 @@ from walbd.protocol.base import Fact, JobInfo, JobState, error_reply
 log = structlog.get_logger()
 
 _HISTORY_MAX: Final = 1000
+_ROUTINE_MAX: Final = 200  # of these, what the daemon did by itself, so that it does not push out the others
 
 
 class Job:
@@ -104,10 +105,18 @@ class Jobs:
         return job
 
     async def within(
-        self, name: str, volume: str, work: Callable[[Job], Awaitable[dict[str, Fact] | None]]
+        self,
+        name: str,
+        volume: str,
+        work: Callable[[Job], Awaitable[dict[str, Fact] | None]],
+        *,
+        routine: bool = False,
     ) -> None:
-        """Do `work(job)` here, as a job that others see: for conversations that last. Its error comes out too."""
-        job = Job(self._next, name, volume, self._clock.now(), self._changed)
+        """Do `work(job)` here, as a job that others see: for conversations that last. Its error comes out too.
+
+        `routine`: nobody asked for it. It is forgotten earlier, and its failure is for the caller to log.
+        """
+        job = Job(self._next, name, volume, self._clock.now(), self._changed, routine=routine)
         self._add(job)
         await self._run(job, work)
         if job.error is not None:
@@ -116,11 +125,14 @@ class Jobs:
     def _add(self, job: Job) -> None:
         self._next += 1
         self._jobs[job.number] = job
-        while len(self._jobs) > _HISTORY_MAX:
-            oldest = next((n for n, old in self._jobs.items() if not old.running), None)
-            if oldest is None:
-                break
-            del self._jobs[oldest]
+        self._forget(_HISTORY_MAX, [n for n, old in self._jobs.items() if not old.running], len(self._jobs))
+        if job.routine:
+            routine = [n for n, old in self._jobs.items() if old.routine and not old.running]
+            self._forget(_ROUTINE_MAX, routine, len(routine))
+
+    def _forget(self, n_max: int, ended: list[int], n: int) -> None:
+        for number in ended[: max(0, n - n_max)]:
+            del self._jobs[number]
 
     def get(self, number: int) -> Job:
         """Return a job; raises NotFound."""
@@ -160,7 +172,7 @@ class Jobs:
                 job._end(JobState.CANCELLED, self._clock.now(), {}, None)
                 raise
             except WalbError as exc:
-                log.warning("job.failed", name=job.name, **error_fields(exc))
+                (log.debug if job.routine else log.warning)("job.failed", name=job.name, **error_fields(exc))
                 job._end(JobState.FAILED, self._clock.now(), {"code": code_of(exc)}, exc)
             except Exception as exc:
                 log.exception("job.crashed", name=job.name)
