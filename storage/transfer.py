@@ -123,7 +123,7 @@ async def _connect(
                 conn = await stack.enter_async_context(dial(shared.env, shared.me, address))
                 if conn.peer.kind is not Kind.PROXY:
                     raise Refused("the server is no proxy", kind=str(conn.peer.kind))
-                await conn.call(offer)
+                await conn.call(offer, timeout_s=min(shared.me.connect_timeout_s, shared.me.io_timeout_s))
                 return stack.pop_all(), conn, address
             except WalbError as exc:
                 if isinstance(exc, ConnectError | TimedOut):

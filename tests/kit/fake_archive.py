@@ -98,10 +98,11 @@ class FakeArchive:
     streaming: int = 0
     changed: Signal = field(default_factory=Signal)
     address: Address = field(default_factory=lambda: Address("127.0.0.1", 0))
+    env: Env | None = None  # None: the real one
 
     def __post_init__(self) -> None:
         self.image = self.image or bytes(self.size_b)
-        self._env = Env()
+        self._env = self.env or Env()
         self._server: Server | None = None
         self._running: asyncio.Task[None] | None = None
         self._end = asyncio.Event()

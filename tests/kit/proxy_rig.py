@@ -52,7 +52,7 @@ class Crash(BaseException):
 class ProxyRig:
     """One proxy that can be crashed and started again on the same directory."""
 
-    def __init__(self, base: Path, **settings: Any) -> None:
+    def __init__(self, base: Path, *, env: Env | None = None, **settings: Any) -> None:
         self.base = base
         self.settings: dict[str, Any] = {
             "node_id": "p0",
@@ -63,7 +63,8 @@ class ProxyRig:
             "io_timeout_s": 20.0,
             "free_reserve_b": 0,
         } | settings
-        self.env = Env()
+        self.env = env or Env()
+        self.poll_s = 0.001
         self.shutdown = Shutdown()
         self.server = self._make()
         self._running: asyncio.Task[None] | None = None
@@ -81,7 +82,11 @@ class ProxyRig:
         return self.volume.hop(archive)
 
     def _make(self) -> ProxyServer:
-        return ProxyServer(ProxyConfig(base_dir=str(self.base), **self.settings), self.env, self.shutdown)
+        return ProxyServer(self.config(), self.env, self.shutdown, read=self.config)
+
+    def config(self) -> ProxyConfig:
+        """What the settings say now; a reload reads it again."""
+        return ProxyConfig(base_dir=str(self.base), **self.settings)
 
     async def up(self) -> None:
         """Start; raises what keeps the proxy from starting."""
@@ -153,12 +158,14 @@ class ProxyRig:
         """Labels of what waits for an archive, or of what was received and is nowhere else."""
         return [str(diff) for diff in (await self.call(GetProxyDiff(volume=volume, archive=archive))).diffs]
 
-    async def until(self, condition: Callable[[], Any], what: str = "a condition") -> None:
+    async def until(
+        self, condition: Callable[[], Any], what: str = "a condition", *, limit_s: float = WAIT_S
+    ) -> None:
         """Wait for a condition that this process makes true."""
         try:
-            async with asyncio.timeout(WAIT_S):
+            async with asyncio.timeout(limit_s):
                 while not condition():  # noqa: ASYNC110 - of many objects, which do not all tell of changes
-                    await asyncio.sleep(0.001)
+                    await asyncio.sleep(self.poll_s)
         except TimeoutError:
             raise AssertionError(f"waited too long for {what}") from None
 

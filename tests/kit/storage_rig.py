@@ -446,7 +446,7 @@ class Rig:
             return FakeHandle(self.devices[path], killed.is_set)
 
         self._shutdown = Shutdown()
-        self.daemon = StorageServer(self.config(), env, self._shutdown, open_device=open_device)
+        self.daemon = StorageServer(self.config(), env, self._shutdown, open_device=open_device, read=self.config)
         ready = asyncio.Event()
         daemon = self.daemon
 

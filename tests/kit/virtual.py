@@ -49,6 +49,13 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
+class LoopClock:
+    """Wall-clock time that goes with the loop (`walbd.daemon.env.Clock`)."""
+
+    def now(self) -> int:
+        return 1_700_000_000 + int(asyncio.get_running_loop().time())
+
+
 class InlinePools:
     """`walbd.daemon.env.Pools` without threads: calls run on the loop, after a random number of its turns, so that
     concurrent ones come in any order."""

@@ -17,7 +17,7 @@ import pytest
 from tests.kit.fake_device import FakeDevice
 from tests.kit.mem_net import MemNetwork
 from tests.kit.storage_rig import DEVICE, VOL, Rig
-from tests.kit.virtual import InlinePools, run
+from tests.kit.virtual import InlinePools, LoopClock, run
 from walbd.errors import Refused
 from walbd.protocol.base import JobState
 from walbd.protocol.control import Kick, SetFullScanBps, TakeSnapshot
@@ -34,13 +34,6 @@ REAL_DELAYS: dict[str, Any] = {
     "io_timeout_s": 30.0,
     "connect_timeout_s": 10.0,
 }
-
-
-class LoopClock:
-    """Wall-clock time that goes with the loop."""
-
-    def now(self) -> int:
-        return 1_700_000_000 + int(asyncio.get_running_loop().time())
 
 
 def play(tmp_path: Path, scenario: Callable[[Rig, MemNetwork], Awaitable[None]], **kwargs: Any) -> None:
