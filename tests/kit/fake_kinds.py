@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tests.kit.fake_server import NOW, FakeServer, FakeVolume
+from walbd.daemon.conn import Connection
+from walbd.daemon.full_copy import cut_piece
 from walbd.daemon.jobs import Job
+from walbd.daemon.server import Handler
 from walbd.errors import AlreadyExists, BadState, NotFound, WlogOverflow
 from walbd.format.meta import BaseState, Diff, RestorePoint, Snapshot
 from walbd.ids import Gid
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
-from walbd.protocol.base import Fact, JobAccepted, Ok
+from walbd.protocol.base import End, Fact, JobAccepted, Ok
 from walbd.protocol.codec import Message, Request
+from walbd.protocol.transfer import Packing
 
 
 class FakeStorage(FakeServer):
@@ -370,6 +375,32 @@ class FakeArchive(FakeServer):
             return {"hash": f"{request.gid:032x}"}
 
         return self.job("block-hash", request.volume, work)
+
+    def streams(self) -> dict[type[Request[Any]], Handler]:
+        return {m.VirtFullScan: self.scan}
+
+    async def scan(self, conn: Connection, request: m.VirtFullScan) -> None:
+        self.group.requests.append((self.name, request))
+        volume = self.require(request.volume, "Archived")
+        size_b = request.size_lb * 512 or len(volume.image)
+        await conn.send(m.ScanBegin(size_b=size_b))
+        image = memoryview(volume.image)[:size_b]
+        for chunk, payload in cut_piece(image, 0, request.bulk_b, Packing.LZ4):
+            if volume.damage == "place":
+                chunk = dataclasses.replace(chunk, offset_b=chunk.offset_b + 512)
+            elif volume.damage == "bytes" and len(payload):
+                payload = bytes(payload[:-1]) + bytes([payload[-1] ^ 1])
+            elif volume.damage == "packing" and len(payload):
+                payload = b"\xff" * len(payload)
+            elif volume.damage == "size":
+                chunk = dataclasses.replace(chunk, size_b=chunk.size_b + size_b)
+            elif volume.damage == "cut":
+                conn.abort()
+                return
+            await conn.send(chunk, *([payload] if len(payload) else []))
+            if volume.damage == "early":
+                break
+        await conn.send(Ok() if volume.damage == "message" else End())
 
     async def replicate(self, request: m.Replicate) -> JobAccepted:
         volume = self.require(request.volume, "Archived")

@@ -11,7 +11,7 @@ from tests.kit.group import free_port
 from walbd.daemon.conn import Connection, Me
 from walbd.daemon.jobs import Job, Jobs
 from walbd.daemon.net import Address
-from walbd.daemon.server import Server
+from walbd.daemon.server import Handler, Server
 from walbd.errors import BadState, Refused
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
@@ -49,6 +49,8 @@ class FakeVolume:
     archive_uuid: bytes = bytes(15) + b"\x07"
     protected: list[int] = field(default_factory=list)  # starts of diffs that must not be merged
     compared: list[int] = field(default_factory=list)  # ends of diffs that a comparison made
+    image: bytes = b""  # what a scan sends
+    damage: str = ""  # what is wrong with that
     gaps: list[m.Gap] = field(default_factory=list)
     replicas: list[m.ReplicaPosition] = field(default_factory=list)
 
@@ -87,7 +89,7 @@ class FakeServer:
     async def _serve(self, started: asyncio.Future[None], stop: asyncio.Event) -> None:
         me = Me(node=self.name, kind=self.kind, io_timeout_s=10)
         handlers = {cls: self._guard(handler) for cls, handler in self.handlers().items()}
-        server = Server(self.group.env, me, handlers)
+        server = Server(self.group.env, me, handlers | self.streams())
         background: asyncio.Task[None] | None = None
         async with asyncio.TaskGroup() as tasks:
             await server.listen(tasks, [Address("127.0.0.1", self.port)])
@@ -101,6 +103,10 @@ class FakeServer:
     async def _jobs_group(self, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as self.tasks:
             await asyncio.Event().wait()
+
+    def streams(self) -> dict[type[Request[Any]], Handler]:
+        """Handlers that conduct a whole conversation."""
+        return {}
 
     def _guard(self, handler: Callable[[Any], Awaitable[Message]]) -> Any:
         async def serve(_conn: Connection, request: Any) -> Message:

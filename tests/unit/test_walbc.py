@@ -344,6 +344,29 @@ def test_low_level_checks_before_connecting(walbc: Cli) -> None:
     walbc.fails("-a", "127.0.0.1", "-p", "1", "get", "state", "vol_0", code=2)
 
 
+def test_low_level_waits_for_a_job_longer_than_for_other_answers(ready: FakeGroup, walbc: Cli) -> None:
+    ready.hold("restore")
+    at_a0 = ["-a", "127.0.0.1", "-p", str(ready.a[0].port), "-to", "0.1"]
+    job = says(walbc, *at_a0, "restore", "vol0", "1")
+    assert says(walbc, *at_a0, "wait-job", job, "0.3").startswith(f"{job} running restore")
+    ready.release("restore")
+    assert says(walbc, *at_a0, "wait-job", job, "60").startswith(f"{job} done restore")
+
+
+def test_low_level_waits_for_a_hash(ready: FakeGroup, walbc: Cli) -> None:
+    at_a0 = ["-a", "127.0.0.1", "-p", str(ready.a[0].port)]
+    assert says(walbc, *at_a0, "bhash", "vol0", "2") == f"{2:032x}"
+    assert says(walbc, "on", "a0", "bhash", "vol0", "2") == f"{2:032x}"
+
+
+def test_low_level_scan(ready: FakeGroup, walbc: Cli, tmp_path: Path) -> None:
+    ready.volume("a0").image = image = bytes(4096) + b"walb" * 1024
+    at_a0 = ["-a", "127.0.0.1", "-p", str(ready.a[0].port)]
+    assert says(walbc, *at_a0, "virt-full-scan", str(tmp_path / "image"), "vol0", "2") == ""
+    assert (tmp_path / "image").read_bytes() == image
+    assert "walbc scan" in walbc.fails("on", "a0", "virt-full-scan", "x", "vol0", "2", code=2)
+
+
 def test_low_level_retries_only_questions(walbc: Cli) -> None:
     nobody = ["-a", "127.0.0.1", "-p", "1"]
     for words, tries in ((["get", "vol"], 3), (["-retry", "1", "get", "vol"], 2), (["snapshot", "vol0"], 1)):

@@ -154,7 +154,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
         "retarget",
         "HOST:PORT [HOST:PORT,...]",
         _S,
-        lambda args: m.Retarget(archive=args[0], proxies=args[1].split(",") if len(args) > 1 else []),
+        w.retarget,
         "use another primary archive and other proxies",
     ),
     Command("resize", "VOL SIZE", _S | _P, w.resize, "grow a volume; at storages 0: size of the data device"),

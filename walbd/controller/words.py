@@ -120,10 +120,19 @@ def shutdown(args: list[str]) -> Request[Any]:
     return c.Shutdown(how=c.ShutdownHow(word(args[0], list(c.ShutdownHow)) if args else "graceful"))
 
 
-def archive_info(args: list[str]) -> c.ArchiveInfo:
-    address = parse_address(args[2])
+def host_port(text: str) -> str:
+    address = parse_address(text)
     if not address.port:
-        raise UsageError("an archive needs HOST:PORT", address=args[2])
+        raise UsageError("an address is HOST:PORT", address=text)
+    return str(address)
+
+
+def retarget(args: list[str]) -> Request[Any]:
+    proxies = args[1].split(",") if len(args) > 1 else []
+    return m.Retarget(archive=host_port(args[0]), proxies=[host_port(text) for text in proxies])
+
+
+def archive_info(args: list[str]) -> c.ArchiveInfo:
     more: dict[str, Any] = {}
     if len(args) > 3:
         more["compress"] = create_compress_opt_from_str(args[3]).wire
@@ -131,7 +140,7 @@ def archive_info(args: list[str]) -> c.ArchiveInfo:
         if not (args[4].isascii() and args[4].isdecimal() and len(args[4]) < 6 and int(args[4]) <= 86400):
             raise UsageError("bad delay", hint="write seconds, at most 86400", delay=args[4])
         more["delay_s"] = int(args[4])
-    return c.ArchiveInfo(archive=node_name(args[1]), address=str(address), **more)
+    return c.ArchiveInfo(archive=node_name(args[1]), address=host_port(args[2]), **more)
 
 
 def meta_state(args: list[str]) -> Request[Any]:
@@ -195,9 +204,6 @@ def replicate(args: list[str]) -> Request[Any]:
         more["gid"] = gid(args[2])
     else:
         more["size_b"] = _mib(args[2])
-    address = parse_address(args[3])
-    if not address.port:
-        raise UsageError("an archive needs HOST:PORT", address=args[3])
     for name, text in zip(("resync", "dont_merge"), args[4:6], strict=False):
         more[name] = word(text, ("0", "1")) == "1"
     if len(args) > 6:
@@ -205,7 +211,7 @@ def replicate(args: list[str]) -> Request[Any]:
     if len(args) > 7:
         more["merge_size_max_b"] = _merge_size(args[7])
     more |= bulk(args[8:])
-    return m.Replicate(volume=vol(args[0]), dest=str(address), **more)
+    return m.Replicate(volume=vol(args[0]), dest=host_port(args[3]), **more)
 
 
 def _mib(text: str) -> int:
