@@ -24,10 +24,13 @@ _ROUTINE_MAX: Final = 200  # of these, what the daemon did by itself, so that it
 class Job:
     """One piece of long work; the work itself calls `progress`, others look at `info()`."""
 
-    def __init__(self, number: int, name: str, volume: str, started: int, changed: Signal) -> None:
+    def __init__(
+        self, number: int, name: str, volume: str, started: int, changed: Signal, *, routine: bool = False
+    ) -> None:
         self.number = number
         self.name = name
         self.volume = volume
+        self.routine = routine
         self._started = started
         self._ended = 0
         self._state = JobState.RUNNING
@@ -39,6 +42,10 @@ class Job:
     @property
     def running(self) -> bool:
         return self._state is JobState.RUNNING
+
+    async def ended(self) -> None:
+        """Return when it does not run any more."""
+        await self._changed.wait_for(lambda: not self.running)
 
     def begin(self, phase: str, total: int = 0, unit: str = "B") -> None:
         """Enter a phase of the work; `total` [unit] 0 means not known."""
@@ -125,14 +132,15 @@ class Jobs:
     def _add(self, job: Job) -> None:
         self._next += 1
         self._jobs[job.number] = job
-        self._forget(_HISTORY_MAX, [n for n, old in self._jobs.items() if not old.running], len(self._jobs))
         if job.routine:
             routine = [n for n, old in self._jobs.items() if old.routine and not old.running]
-            self._forget(_ROUTINE_MAX, routine, len(routine))
-
-    def _forget(self, n_max: int, ended: list[int], n: int) -> None:
-        for number in ended[: max(0, n - n_max)]:
-            del self._jobs[number]
+            for number in routine[:-_ROUTINE_MAX]:
+                del self._jobs[number]
+        while len(self._jobs) > _HISTORY_MAX:
+            oldest = next((n for n, old in self._jobs.items() if not old.running), None)
+            if oldest is None:
+                break
+            del self._jobs[oldest]
 
     def get(self, number: int) -> Job:
         """Return a job; raises NotFound."""

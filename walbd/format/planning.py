@@ -36,6 +36,7 @@ LOOK_S: Final = 3600  # a look at everything comes at least this often, in time 
 FRONT_MAX: Final = 64  # diffs below the oldest point that stays wait for an apply, unless they are more
 _NEVER: Final = 1 << 62
 _RAW: Final = -1  # the rank of a point within the shortest period
+_LAST: Final = 99  # above all ranks
 
 
 @dataclass(frozen=True)
@@ -218,18 +219,42 @@ def look_at_everything(facts: Facts) -> Iterator[Action]:
     oldest_raw = reference_time(facts.newest, facts.now) - facts.policy.raw_s
     held = {hold.gid for hold in facts.holds}
     run: list[_Node] = []
-    rank = _RAW - 1  # the highest of those in the run that retention dropped
+    marks: list[int] = []  # for each state of the run: the shortest period that it need not outlast, see _segments
     waits_for_apply = facts.policy.apply and not kept.get(base.begin.gid_b) and not facts.needed
     for i, node in enumerate(nodes[:-1]):
         run.append(node)
         if node.gid not in protected and (not node.after.is_clean or not kept[node.gid]):
-            if node.gid in retired:
-                rank = max(rank, ranks[i])
+            marks.append(ranks[i] if node.gid in retired else _RAW - 1)
             continue
-        is_left_to_apply = waits_for_apply and rank >= _RAW and len(run) <= FRONT_MAX
-        if (ranks[i] > rank or node.gid in held) and node.time <= oldest_raw and not is_left_to_apply:
-            yield from _merges(run, facts)
-        run, rank, waits_for_apply = [], _RAW - 1, False
+        is_left_to_apply = waits_for_apply and max(marks, default=_RAW - 1) >= _RAW and len(run) <= FRONT_MAX
+        if node.time <= oldest_raw and not is_left_to_apply:
+            marks.append(_LAST if node.gid in held else ranks[i])
+            for segment in _segments(run, marks, closed=True):
+                yield from _merges(segment, facts)
+        run, marks, waits_for_apply = [], [], False
+    while run and run[-1].time > oldest_raw:
+        run.pop()
+    for segment in _segments(run, marks[: len(run)], closed=False):
+        yield from _merges(segment, facts)
+
+
+def _segments(run: Sequence[_Node], marks: Sequence[int], *, closed: bool) -> Iterator[Sequence[_Node]]:
+    """Yield the parts of a run that may become one diff now, those of short periods first.
+
+    All points of the run are dropped, but the last one of a run that is closed. What a level drops can go at once. What retention drops goes
+    when a longer period is complete than any that ends inside: else it would be rewritten point by point.
+    """
+    for rank in sorted(set(marks)):
+        if rank <= _RAW:
+            continue
+        begin = 0
+        for end, mark in enumerate(marks, 1):
+            if mark >= rank:
+                if end - begin > 1:
+                    yield run[begin:end]
+                begin = end
+    if closed and max(marks[:-1], default=_RAW - 1) < _RAW:
+        yield run
 
 
 def verdicts_of(facts: Facts) -> list[Verdict]:
