@@ -31,7 +31,7 @@ from tests.kit.routes import RoutedClient
 from tests.kit.volume import Leg, Volume
 from walbd.controller import Controller, ServerConnectionParam, ServerLayout
 from walbd.errors import WalbError
-from walbd.protocol.control import GetStatus, VolumeStatus
+from walbd.protocol.control import FullBackup, GetStatus, VolumeStatus
 
 __all__ = ["WAIT_S", "Group", "Inexact", "Leg", "Process", "Volume", "free_port", "run_walbd", "wait_until"]
 
@@ -68,13 +68,14 @@ class Group:
         self.links: dict[tuple[str, str], Link] = {}
         self.show_logs = True  # when the block fails
         self._full: set[str] = set()
+        self._lineages: dict[tuple[str, str], int] = {}  # (volume, archive uuid)
         self.a = [self._param(f"a{i}", 2) for i in range(archives)]
         self.p = [self._param(f"p{i}", 1) for i in range(proxies)]
         self.s = [self._param(f"s{i}", 0) for i in range(storages)]
         for server in [*self.a, *self.p, *self.s]:
             self._make_process(server)
         self.layout = ServerLayout(self.s, self.p, self.a)
-        self.ctl = Controller("", self.layout, calls=RoutedClient(self.route))
+        self.ctl = Controller("", self.layout, calls=RoutedClient(self.route, self._seen))
 
     def __enter__(self) -> Self:
         try:
@@ -142,12 +143,9 @@ class Group:
         return found
 
     def route(self, client: str) -> dict[str, str]:
-        """Return, for the addresses of all archives and proxies, where a daemon is to connect instead."""
-        return {
-            server.get_host_port(): self.link(client, server.name).address
-            for server in (*self.a, *self.p)
-            if server.name != client
-        }
+        """Return, for the addresses that a daemon connects to, where it is to connect instead."""
+        servers = [*self.a, *self.p] if client.startswith("s") else self.a
+        return {s.get_host_port(): self.link(client, s.name).address for s in servers if s.name != client}
 
     def links_of(self, name: str) -> list[Link]:
         """Return all links of a daemon that are in use."""
@@ -156,8 +154,7 @@ class Group:
     def isolate(self, name: str) -> None:
         """Cut a daemon off from all other daemons."""
         for server in self.servers:
-            if server.name != name and server.name[0] != name[0]:
-                self.link(*sorted((name, server.name), key=lambda n: "spa".index(n[0])))
+            self.route(server.name)
         for link in self.links_of(name):
             link.cut()
 
@@ -287,7 +284,7 @@ class Group:
         volume.flush()
         before = volume.seq
         gid: int = self.ctl.snapshot_nbk(self.target(volume), volume.name)
-        volume.points.setdefault(gid, []).append((before, volume.seq))
+        volume.points[volume.lineage, gid] = (before, volume.seq)
         return gid
 
     # What can be restored
@@ -303,9 +300,9 @@ class Group:
         where = f"{volume.name} gid {gid} at {server.name}"
         if not seqs:
             raise Inexact(f"{where} is nothing that the volume ever was{_compare(image, volume)}")
-        spans = volume.points.get(gid)
-        if spans is not None and not any(first <= seq <= last for seq in seqs for first, last in spans):
-            raise Inexact(f"{where} is state {seqs}, and the snapshot was taken in {spans}")
+        span = volume.points.get((self._lineage(volume, server), gid))
+        if span is not None and not any(span[0] <= seq <= span[1] for seq in seqs):
+            raise Inexact(f"{where} is state {seqs}, and the snapshot was taken in {span}")
         return seqs
 
     def check_all(self, volume: Volume, *, implicit_max: int | None = None) -> dict[str, list[int]]:
@@ -333,6 +330,17 @@ class Group:
         return found
 
     # Inner parts
+
+    def _seen(self, request: object) -> None:
+        if isinstance(request, FullBackup) and request.volume in self.volumes:
+            self.volumes[request.volume].lineage += 1
+
+    def _lineage(self, volume: Volume, server: ServerConnectionParam) -> int:
+        """Return after how many full backups the history of an archive began; -1: not known."""
+        key = (volume.name, self.ctl.get_archive_uuid(server, volume.name))
+        if server is self.a[0]:
+            self._lineages[key] = volume.lineage
+        return self._lineages.get(key, -1)
 
     def _restored(self, volume: Volume, gid: int, server: ServerConnectionParam) -> bytes:
         self.ctl.restore(server, volume.name, gid, timeoutS=WAIT_S)

@@ -22,14 +22,22 @@ _POLL_MAX_S: Final = 0.05  # tests have no time for the library's pauses between
 class RoutedClient(Client):
     """Calls in which the addresses of archives and proxies are replaced by those of links, and back."""
 
-    def __init__(self, route: Callable[[str], Mapping[str, str]]) -> None:
-        """`route(name)`: where the daemon of that name is to connect, by address of the peer."""
+    def __init__(
+        self, route: Callable[[str], Mapping[str, str]], seen: Callable[[Request[Any]], object] = lambda _: None
+    ) -> None:
+        """`route(name)`: where the daemon of that name is to connect, by address of the peer.
+
+        `seen` is called with each request that was answered well.
+        """
         super().__init__()
         self._route = route
+        self._seen = seen
 
     def call(self, s: Server, request: Request[R], timeoutS: float = 0) -> R:
         there, back = self._ways(s)
-        return translated(super().call(s, translated(request, there), timeoutS), back)
+        reply = translated(super().call(s, translated(request, there), timeoutS), back)
+        self._seen(request)
+        return reply
 
     def call_each(
         self, calls: Sequence[tuple[Server, Request[Any]]], timeoutS: float = 0

@@ -86,7 +86,8 @@ class Volume:
         self.rng = random.Random(f"{name} {size_b}")
         self.unsure: tuple[int, bytes] | None = None  # a write or trim that was not answered
         self.seq = 0  # number of the state that the volume is in
-        self.points: dict[int, list[tuple[int, int]]] = {}  # explicit snapshots: between which states they were
+        self.lineage = 0  # how many full backups there were: with each of them generations begin anew
+        self.points: dict[tuple[int, int], tuple[int, int]] = {}  # (lineage, gid): between which states it was
         self.lock = threading.RLock()
         self._digest = 0
         self._states: dict[int, list[int]] = {0: [0]}
@@ -179,13 +180,17 @@ class Volume:
             if self.unsure is None:
                 return
             offset, data = self.unsure
-            now = self.legs[0].nbd.read(offset, len(data))
+            good = [leg for leg in self.legs if leg.model is None]  # never none: the last one stays
+            now = good[0].nbd.read(offset, len(data))
             for at in range(0, len(data), LB):
                 old, new = self.model[offset + at : offset + at + LB], data[at : at + LB]
                 found = now[at : at + LB]
                 assert found in (old, new), f"block at {offset + at} is neither old nor new"
-            for leg in self.legs[1:]:
+            for leg in good[1:]:
                 leg.nbd.write(offset, now)
+            for leg in self.legs:
+                if leg.model is not None:
+                    leg.missed.append((offset, len(data)))
             self._record(offset, now)
             self.unsure = None
 
@@ -212,6 +217,9 @@ class Volume:
         with self.lock:
             self.disconnect()
             self.model += bytes(size_b - len(self.model))
+            for leg in self.legs:
+                if leg.model is not None:
+                    leg.model += bytes(size_b - len(leg.model))
 
     # What was when
 

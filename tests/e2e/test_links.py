@@ -1,0 +1,168 @@
+"""Links cut, silenced and falsified in the middle of transfers; the relays count what is sent again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kit.group import WAIT_S, Group, Volume, wait_until
+from tests.kit.relay import Link
+from walbd.controller.constants import sStopped, sSyncReady
+from walbd.errors import WalbError
+
+MIB = 1 << 20
+PIECE = 2 * MIB  # of one transfer of log or diffs
+SLACK = MIB // 4  # offers, headers, and what lies in sockets when a link is cut
+OPTIONS = {
+    "storage": ["--wlog-send-size-max", "2m", "--io-timeout-s", "2", "--proxy-check-interval-s", "1"],
+    "proxy": ["--wdiff-send-size-max", "2m", "--io-timeout-s", "2"],
+    "archive": ["--io-timeout-s", "2"],
+}
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    with Group(tmp_path_factory.mktemp("group"), archives=2, options=OPTIONS) as group:
+        volume = group.add_volume("vol0", size_b=8 * MIB, log_b=64 * MIB)
+        fill(volume, 8 * MIB)
+        group.ctl.full_backup(group.s[0], "vol0", timeoutS=WAIT_S)
+        yield group
+
+
+@pytest.fixture
+def volume(group: Group) -> Iterator[Volume]:
+    """The volume, backed up; at the end all is healed, and everything that can be restored is compared."""
+    volume = group.volumes["vol0"]
+    group.wait_fresh(volume)
+    yield volume
+    group.heal()
+    group.wait_fresh(volume)
+    group.check_all(volume, implicit_max=5)
+
+
+def fill(volume: Volume, size_b: int) -> None:
+    """Write so much that cannot be compressed."""
+    for at in range(0, size_b, 64 << 10):
+        volume.write(at % len(volume.model), volume.rng.randbytes(64 << 10))
+    volume.flush()
+
+
+class Sent:
+    """What has passed a link since the beginning, in the direction of the data."""
+
+    def __init__(self, link: Link) -> None:
+        self._link, self._began = link, link.sent_b
+
+    @property
+    def b(self) -> int:
+        return self._link.sent_b - self._began
+
+
+def test_log_transfer_is_cut_and_goes_on(group: Group, volume: Volume) -> None:
+    """The transfers that were acknowledged are not repeated: less than one more than the data is sent."""
+    link = group.link("s0", "p0")
+    sent = Sent(link)
+    link.blackhole()
+    fill(volume, 8 * MIB)
+    link.heal()
+    link.cut_after(5 * MIB)
+    wait_until(lambda: link.is_cut, "the cut")
+    link.heal()
+    group.wait_fresh(volume)
+    assert 8 * MIB < sent.b < 8 * MIB + PIECE + SLACK
+
+
+def test_diff_transfer_is_cut_and_goes_on(group: Group, volume: Volume) -> None:
+    link = group.link("p0", "a0")
+    sent = Sent(link)
+    link.cut()
+    fill(volume, 8 * MIB)
+    wait_until(lambda: group.status(group.s[0], "vol0").lag_lb == 0, "the proxy to have the log")
+    link.heal()
+    link.cut_after(5 * MIB)
+    wait_until(lambda: link.is_cut, "the cut")
+    link.heal()
+    group.wait_fresh(volume)
+    assert 8 * MIB < sent.b < 8 * MIB + 2 * PIECE + SLACK  # a diff goes whole, and may be larger than the limit
+
+
+def test_diff_is_not_sent_again_when_only_the_answer_was_lost(group: Group, volume: Volume) -> None:
+    link, proxy = group.link("p0", "a0"), group.p[0]
+    link.cut()
+    fill(volume, MIB)
+    wait_until(lambda: group.status(group.s[0], "vol0").lag_lb == 0, "the proxy to have the log")
+    received = group.status(group.a[0], "vol0").latest_gid
+    sent = Sent(link)
+    link.heal()
+    wait_until(lambda: sent.b > MIB // 2, "the diff to be on its way")
+    link.cut()  # most of the time before the answer
+    link.heal()
+    group.wait_fresh(volume)
+    assert group.status(group.a[0], "vol0").latest_gid > received
+    assert sent.b < 2 * MIB + SLACK
+    assert group.status(proxy, "vol0").hops[0].diffs == 0
+
+
+@pytest.mark.parametrize(("client", "server"), [("s0", "p0"), ("p0", "a0")])
+def test_a_flipped_bit_is_noticed(group: Group, volume: Volume, client: str, server: str) -> None:
+    link = group.link(client, server)
+    sent = Sent(link)
+    for at in (300_000, 900_000):
+        link.corrupt(at)
+    fill(volume, MIB)
+    group.wait_fresh(volume)
+    assert sent.b > MIB + 200_000  # something had to be sent again
+    assert group.restored(volume, group.snapshot(volume)) == volume.model
+
+
+@pytest.mark.parametrize(("client", "server"), [("s0", "p0"), ("p0", "a0")])
+def test_a_silent_link_is_given_up(group: Group, volume: Volume, client: str, server: str) -> None:
+    link = group.link(client, server)
+    link.cut_after(MIB // 2)
+    link.blackhole()
+    fill(volume, MIB)
+    connections = link.connections
+    wait_until(lambda: link.connections > connections, "another attempt")
+    link.heal()
+    group.wait_fresh(volume)
+
+
+def test_slow_and_far_away(group: Group, volume: Volume) -> None:
+    for client, server in (("s0", "p0"), ("p0", "a0")):
+        group.link(client, server).delay(0.05)
+        group.link(client, server).rate(2e6)
+    fill(volume, 2 * MIB)
+    group.wait_fresh(volume)
+
+
+def full_again(group: Group) -> None:
+    """Prepare for another full backup."""
+    ctl = group.ctl
+    if ctl.get_state(group.s[0], "vol0") not in (sSyncReady, sStopped):
+        ctl.stop(group.s[0], "vol0", "force")
+    ctl.clear(group.a[0], "vol0")
+
+
+@pytest.mark.parametrize("fault", ["cut", "corrupt", "blackhole"])
+def test_full_backup_is_cut(group: Group, volume: Volume, fault: str) -> None:
+    """It fails, says so, and leaves both sides as they were; given again it succeeds."""
+    s0, a0, link = group.s[0], group.a[0], group.link("s0", "a0")
+    full_again(group)
+    sent = Sent(link)
+    if fault == "corrupt":
+        link.corrupt(3 * MIB)
+    else:
+        link.cut_after(3 * MIB)
+    with pytest.raises(WalbError):  # noqa: PT012 - the link is silenced while the backup runs
+        group.ctl.full_backup(s0, "vol0", timeoutS=WAIT_S, block=fault != "blackhole")
+        wait_until(lambda: sent.b > 0, "the backup to begin")
+        link.blackhole()
+        (job,) = [job for job in group.ctl.get_jobs(s0, "vol0") if job.name == "full-backup"][-1:]
+        group.ctl.wait_for_job(s0, job.job, WAIT_S, vol="vol0")
+    wait_until(lambda: group.ctl.get_state(a0, "vol0") == sSyncReady, "the archive to give it up")
+    assert group.ctl.get_state(s0, "vol0") == sSyncReady
+    link.heal()
+    gid = group.ctl.full_backup(s0, "vol0", timeoutS=WAIT_S)
+    assert gid is not None
+    assert group.restored(volume, gid) == volume.model
