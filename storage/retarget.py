@@ -89,7 +89,10 @@ class StorageSettings(Settings[StorageConfig]):
             left = found.left_by(self.configured)
             current = left.on(self.configured)
         except (CorruptData, ConfigError) as exc:
-            self.problem = f"{exc}; the configured archive and proxies are used: retarget again"
+            why = exc.facts.get("reason") or exc.message
+            self.problem = (
+                f"{NAME} is unusable ({why}); the configured archive and proxies are used: retarget again"
+            )
             log.error("retarget.unusable", path=str(self._path), error=str(exc))
             return
         await self._keep(left, was=found)
@@ -118,7 +121,7 @@ class StorageSettings(Settings[StorageConfig]):
                 current = wanted.on(self.configured)
             except ConfigError as exc:
                 raise UsageError(exc.message, hint=exc.hint, **exc.facts) from exc
-            await self._keep(wanted, was=self.override)
+            await self._keep(wanted, was=self.override, anew=bool(self.problem))
             changed = self._use(self.configured, current)
         log.info("storage.retargeted", archive=self.current.archive, proxy=self.current.proxy, changed=changed)
         return changed
@@ -138,14 +141,15 @@ class StorageSettings(Settings[StorageConfig]):
         await self._keep(left, was=self.override)
         return self._use(configured, current)
 
-    async def _keep(self, override: Override, *, was: Override) -> None:
-        """Make an override durable, and then known."""
-        if override != was or self.problem:
+    async def _keep(self, override: Override, *, was: Override, anew: bool = False) -> None:
+        """Make an override durable, and then known; `anew`: also when it is the same."""
+        if override != was or anew:
             await self._env.pools.run(Pool.RECORD, save_override, self._fs, self._path, override)
             for name in ("archive", "proxy"):
                 if getattr(was, name) and not getattr(override, name):
                     log.warning("retarget.dropped", setting=name, value=getattr(was, name))
-        self.override, self.problem = override, ""
+            self.problem = ""
+        self.override = override
 
 
 def load_override(fs: FileSystem, path: Path) -> Override:

@@ -22,7 +22,7 @@ from walbd.daemon.conn import Me, dial
 from walbd.daemon.env import Env
 from walbd.errors import ConnectError, WalbError
 from walbd.protocol.base import JobState, Kind
-from walbd.protocol.control import FullBackup, GetIsWdiffSendError, Stop, StopHow
+from walbd.protocol.control import FullBackup, GetIsWdiffSendError, ResetVol, Stop, StopHow
 from walbd.protocol.transfer import Verdict, WlogEnd
 
 HOUR_S = 3600.0
@@ -123,7 +123,7 @@ def test_storage_resumes_when_its_only_proxy_wakes_up(tmp_path: Path) -> None:
 def test_a_backup_to_a_paused_archive_ends_and_can_be_repeated(tmp_path: Path) -> None:
     async def scenario(rig: Rig, net: MemNetwork) -> None:
         await rig.stop_volume()
-        await rig.call(_reset())
+        await rig.call(ResetVol(volume="vol0"))
         rig.archive.hold = asyncio.Event()
         job = (await rig.call(FullBackup(volume="vol0"))).job
         await rig.until(lambda: rig.archive.offers)
@@ -140,12 +140,6 @@ def test_a_backup_to_a_paused_archive_ends_and_can_be_repeated(tmp_path: Path) -
         assert (await rig.full_backup()).state is JobState.DONE
 
     play_storage(tmp_path, scenario)
-
-
-def _reset() -> Any:
-    from walbd.protocol.control import ResetVol
-
-    return ResetVol(volume="vol0")
 
 
 # A proxy and its peers
