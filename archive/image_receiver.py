@@ -78,6 +78,8 @@ class ImageReceiver:
 
         Raises DiskFull, and Refused when an image to be continued is not there.
         """
+        if not self._begin_b and self._volume.record.full_progress is not None:
+            await self._volume.save(full_progress=None)  # first: the image is no longer what was begun before
         await self._volume.place.env.pools.run(Pool.RECEIVE, self._prepare)
 
     async def receive(self) -> None:

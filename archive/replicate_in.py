@@ -26,13 +26,13 @@ from walbd.archive.gaps import HASH_BACKUP, HASH_REPLICATION, gaps_after
 from walbd.archive.image_receiver import ImageReceiver
 from walbd.archive.image_sink import ImageSink
 from walbd.archive.lifecycle import promise_nothing
-from walbd.archive.opening import open_diffs
 from walbd.archive.pending import commit_pending
 from walbd.archive.receive import WdiffSink, grow, look_for_room, take_stream
 from walbd.archive.record import FullProgress
 from walbd.archive.recover import remove_copies
 from walbd.archive.slots import Slots
 from walbd.archive.states import ADDING, APPLY, MERGE, SCAN, Command, State
+from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Place, Volume, check_room
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
@@ -44,7 +44,6 @@ from walbd.daemon.states import Step
 from walbd.daemon.tasks import uninterrupted
 from walbd.errors import BadState, Busy, NotFound, Refused, RemoteProtocolError, UsageError, WalbError
 from walbd.format.meta import BaseState, Diff, NotApplicable, Relation, relation, trim
-from walbd.format.virtual import VirtualImage
 from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.protocol.base import Kind, Ok
@@ -432,14 +431,9 @@ class _Reception:
     async def _take_differences(self, request: ReplicateHash, sink: WdiffSink) -> None:
         """Let the source compare with our latest image."""
         volume, conn = self._volume, self._conn
-        gid, n_max = volume.latest.begin.gid_b, volume.place.config.scan_files_max
-        opening = open_diffs(volume, Pool.RECEIVE, lambda: volume.diffs.to_scan(volume.base, gid, n_max=n_max))
-        async with opening as found, AsyncExitStack() as stack:
-            base = await self._pools.run(Pool.RECEIVE, volume.place.images.open_base, volume.name)
-            stack.push_async_callback(self._pools.run, Pool.RECEIVE, base.close)
-            size_b, check = volume.size_lb * LB, volume.check_force
-            look = self._pools.run(Pool.RECEIVE, VirtualImage, base, found.readers, size_b, check=check)
-            image = await with_filler(conn, look)
+        opening = open_virtual(volume, volume.latest.begin.gid_b, Pool.RECEIVE)
+        async with AsyncExitStack() as stack:
+            image = await with_filler(conn, stack.enter_async_context(opening))
             await conn.send(RoundAnswer(accepted=True))
             await receive_differences(
                 conn,

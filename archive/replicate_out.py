@@ -15,8 +15,8 @@ again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
@@ -28,6 +28,7 @@ from walbd.archive.queries import known
 from walbd.archive.replicas import note_failure, note_position
 from walbd.archive.slots import Slots
 from walbd.archive.states import REPLICATE, Command
+from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Place, Volume
 from walbd.archive.work import Starter, accepted
 from walbd.daemon.conn import Connection, Me, dial, with_filler
@@ -58,7 +59,7 @@ from walbd.format.wdiff_read import WdiffReader
 from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.ids import NIL_UUID
-from walbd.protocol.base import Fact, JobAccepted, Kind, Ok
+from walbd.protocol.base import Fact, JobAccepted, Kind
 from walbd.protocol.codec import Request
 from walbd.protocol.maintenance import Replicate
 from walbd.protocol.sync import (
@@ -190,14 +191,6 @@ def _wishes(volume: Volume, request: Replicate) -> Wishes:
         )
     gid = latest if request.gid is None and request.size_b is None else request.gid
     return Wishes(gid, request.size_b, compress)
-
-
-@dataclass(frozen=True)
-class _Image:
-    """An image of ours that can be read, and what it is."""
-
-    source: ImageSource
-    uuid: bytes  # of the log history that it belongs to
 
 
 class Replication:
@@ -368,87 +361,78 @@ class Replication:
         volume, conn = self.volume, self.conn
         target = self._clean_above(at.latest)
         diff = hash_replication_diff(at.latest, target)
-        gid, n_max = diff.end.gid_b, volume.place.config.scan_files_max
-        async with self._image(lambda: volume.diffs.to_scan(volume.base, gid, n_max=n_max), job) as image:
+        gid = diff.end.gid_b
+        job.begin("opening")
+        async with AsyncExitStack() as stack:
+            opening = open_virtual(volume, gid, Pool.SEND)
+            image = await with_filler(conn, stack.enter_async_context(opening))
+            uuid = await self._history_after(volume.diffs.to_materialise(volume.base, gid, clean=True))
+            source = self._source(image, job)
             seed = self._env.rng.getrandbits(64)
             request = ReplicateHash(
                 latest=at.latest,
                 latest_uuid=at.uuid,
-                size_lb=image.source.size_b // LB,
+                size_lb=source.size_b // LB,
                 diff=diff,
-                uuid=image.uuid,
+                uuid=uuid,
                 bulk_b=self._request.bulk_b,
                 seed=seed,
             )
             if not (await conn.call(request)).accepted:
                 return False
-            await self._send_differences(image, seed, job)
+            await self._send_differences(source, uuid, seed, job)
         return True
 
     async def _copy_base(self, job: Job) -> None:
         """Full copy or resync of our base, as it is once an interrupted apply is finished."""
         volume, conn, request = self.volume, self.conn, self._request
         base = volume.base.end_applying(volume.diffs.minimum(volume.base))
-        async with self._image(lambda: volume.diffs.minimum(volume.base), job) as image:
-            size_b = image.source.size_b
+        job.begin("opening")
+        async with AsyncExitStack() as stack:
+            source, uuid = await self._open_base(stack, job)
+            size_lb = source.size_b // LB
             if self._kind is ReplicationKind.RESYNC:
                 seed = self._env.rng.getrandbits(64)
                 await conn.call(
-                    ReplicateResync(
-                        size_lb=size_b // LB, base=base, uuid=image.uuid, bulk_b=request.bulk_b, seed=seed
-                    )
+                    ReplicateResync(size_lb=size_lb, base=base, uuid=uuid, bulk_b=request.bulk_b, seed=seed)
                 )
-                await self._send_differences(image, seed, job)
+                await self._send_differences(source, uuid, seed, job)
                 return
-            full = ReplicateFull(size_lb=size_b // LB, base=base, uuid=image.uuid, bulk_b=request.bulk_b)
+            full = ReplicateFull(size_lb=size_lb, base=base, uuid=uuid, bulk_b=request.bulk_b)
             begin_b = (await conn.call(full)).offset_b
-            if begin_b > size_b or begin_b % LB:
-                raise RemoteProtocolError("a copy cannot begin there", offset_b=begin_b, size_b=size_b)
-            job.begin("copying", size_b)
+            if begin_b > source.size_b or begin_b % LB:
+                raise RemoteProtocolError("a copy cannot begin there", offset_b=begin_b, size_b=source.size_b)
+            job.begin("copying", source.size_b)
             job.progress(begin_b)
-            copying = send_full(
-                conn,
-                self._env.pools,
-                image.source,
-                bulk_b=request.bulk_b,
-                packing=Packing.LZ4,
-                begin_b=begin_b,
-            )
+            pools = self._env.pools
+            copying = send_full(conn, pools, source, bulk_b=request.bulk_b, packing=Packing.LZ4, begin_b=begin_b)
             self._wire_b += await until_ok(conn, copying)
 
-    async def _send_differences(self, image: _Image, seed: int, job: Job) -> None:
-        job.begin("comparing", image.source.size_b)
-        found = await send_differences(
-            self.conn,
-            self._env.pools,
-            image.source,
-            bulk_b=self._request.bulk_b,
-            seed=seed,
-            uuid=image.uuid,
-        )
+    async def _send_differences(self, source: ImageSource, uuid: bytes, seed: int, job: Job) -> None:
+        job.begin("comparing", source.size_b)
+        bulk_b = self._request.bulk_b
+        found = await send_differences(self.conn, self._env.pools, source, bulk_b=bulk_b, seed=seed, uuid=uuid)
         self._wire_b += found.wire_b
-        await self.conn.expect(Ok)
 
     # --- reading
 
-    @asynccontextmanager
-    async def _image(self, choose: Callable[[], list[Diff]], job: Job) -> AsyncIterator[_Image]:
-        """Open our base with these diffs laid over it. The destination is told meanwhile that we are there."""
+    async def _open_base(self, stack: AsyncExitStack, job: Job) -> tuple[ImageSource, bytes]:
+        """Open our base with what an interrupted apply was about to write laid over it; and tell its history."""
         volume, pools, conn = self.volume, self._env.pools, self.conn
-        job.begin("opening")
-        async with AsyncExitStack() as stack:
-            found = await with_filler(conn, stack.enter_async_context(open_diffs(volume, Pool.SEND, choose)))
-            uuid = await with_filler(conn, self._history_after(found.diffs))
-            base = await pools.run(Pool.SEND, volume.place.images.open_base, volume.name)
-            stack.push_async_callback(pools.run, Pool.SEND, base.close)
-            size_b, check = volume.size_lb * LB, volume.check_force
-            look = pools.run(Pool.SEND, VirtualImage, base, found.readers, size_b, check=check)
-            image = await with_filler(conn, look)
+        opening = open_diffs(volume, Pool.SEND, lambda: volume.diffs.minimum(volume.base))
+        found = await with_filler(conn, stack.enter_async_context(opening))
+        uuid = await self._history_after(found.diffs)
+        base = await pools.run(Pool.SEND, volume.place.images.open_base, volume.name)
+        stack.push_async_callback(pools.run, Pool.SEND, base.close)
+        size_b, check = volume.size_lb * LB, volume.check_force
+        look = pools.run(Pool.SEND, VirtualImage, base, found.readers, size_b, check=check)
+        return self._source(await with_filler(conn, look), job), uuid
 
-            async def read(offset_b: int, length_b: int) -> bytes:
-                return await pools.run(Pool.SEND, image.read, offset_b, length_b)
+    def _source(self, image: VirtualImage, job: Job) -> ImageSource:
+        async def read(offset_b: int, size_b: int) -> bytes:
+            return await self._env.pools.run(Pool.SEND, image.read, offset_b, size_b)
 
-            yield _Image(ImageSource(read=read, size_b=size_b, tick=job.progress), uuid)
+        return ImageSource(read=read, size_b=image.size_b, tick=job.progress)
 
     async def _history_after(self, diffs: list[Diff]) -> bytes:
         """Return the log history that the base with these diffs belongs to: that of the last diff.
