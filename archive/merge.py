@@ -37,6 +37,7 @@ from walbd.protocol.base import Fact
 
 log = structlog.get_logger()
 
+FP_MID_WRITE: Final = failpoints.register("archive.merge.mid_write", "a part of a file without a name")
 FP_BEFORE_COMMIT: Final = failpoints.register(
     "archive.merge.before_commit", "an unfinished file; the parts are all there"
 )
@@ -167,6 +168,8 @@ def _write(volume: Volume, readers: Sequence[WdiffReader], file: TempFile, job: 
     compress = CompressOpt.parse(place.config.merge_compress)
     for piece in merge(readers, compress, check=volume.check_force):
         file.pwrite(piece, at)
+        with disk_errors(file.path, "write"):
+            failpoints.hit(FP_MID_WRITE)
         at += len(piece)
         job.progress(at)
         if at - synced >= place.config.fsync_interval_b:

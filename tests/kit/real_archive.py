@@ -1,8 +1,8 @@
 """The archive of `tests.kit.history`, played by the product's own code on a disk in memory that forgets.
 
 Backups and wdiffs come through `receive_full_backup` and `receive_wdiff`, over connections that are only queues;
-applies and restores are the real jobs. A crash is a power failure at a random operation of the disk. Merges and
-hash backups, which archives do not serve yet, are made here as files.
+applies, merges and restores are the real jobs. A crash is a power failure at a random operation of the disk. The
+diffs of hash backups are made here as files.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from walbd.archive.full_backup import receive_full_backup
 from walbd.archive.gc_diff import gc_diffs
 from walbd.archive.images.file_store import FileStore
 from walbd.archive.lifecycle import init_vol, reset_vol, stop
+from walbd.archive.merge import plan_merge, run_merge
 from walbd.archive.receive import receive_wdiff
 from walbd.archive.recover import load_volume
 from walbd.archive.restore import run_restore
 from walbd.archive.slots import Slots
-from walbd.archive.states import APPLY, RESTORE
+from walbd.archive.snapshots import change_snapshots
+from walbd.archive.states import APPLY, MERGE, RESTORE, Command
 from walbd.archive.volume import Place, Volume
 from walbd.daemon.conn import Incoming, Peer
 from walbd.daemon.env import Env, Pool
@@ -46,11 +48,9 @@ from walbd.format.meta import (
     diff_name,
     hash_backup_diff,
     hash_backup_gid,
-    merge_all,
     relation,
 )
 from walbd.format.virtual import VirtualImage
-from walbd.format.wdiff_merge import merge
 from walbd.protocol.base import End, Kind, Ok
 from walbd.protocol.codec import Message
 from walbd.protocol.transfer import (
@@ -117,6 +117,7 @@ class RealArchive:
         self.acked = 0
         self.store = SimpleNamespace(close=lambda: None)
         self.fs = MemoryFileSystem()
+        self.fs.shares = rng.random() < 0.5  # then restores leave cold images
         self.fs.make_dir(BASE)
         self._left: MemoryFileSystem | None = None
         self._load(fresh=True)
@@ -291,7 +292,7 @@ class RealArchive:
         self._risky(work, 0.4)
 
     def merge(self) -> None:
-        """Merge some diffs, as archives will."""
+        """Merge some diffs."""
         if self.is_empty or self.base.is_applying:
             return
         begin = self._rng.randint(self.base.begin.gid_b, self.latest.gid_b)
@@ -299,39 +300,36 @@ class RealArchive:
         if len(parts) < 2:
             return
         self.events["merge"] += 1
-        directory, label = self.volume.directory, merge_all(parts)
-        with opened(self.fs, directory, parts) as readers, self.fs.temp_file(directory) as file:
-            at = 0
-            for piece in merge(readers, LZ4):
-                file.pwrite(piece, at)
-                at += len(piece)
-            file.commit(directory / diff_name(label))
-        self.crash_sometimes(0.1)
-        self.diffs.add(label)
-        self.diffs.erase_all(parts)
-        self.volume._points.clear()
-        for part in parts:
-            self.crash_sometimes(0.05)
-            self.fs.unlink(directory / diff_name(part))
+        latest, explicit = self.volume.latest, self.volume.restorable()
+
+        async def work() -> None:
+            plan = plan_merge(self.volume, parts[0].begin.gid_b, parts[-1].begin.gid_b + 1)
+            with self.volume.machine.action(MERGE, 0):
+                await run_merge(self.volume, plan, job())
+
+        self._risky(work, 0.3)
+        assert self.diffs.latest(self.base) == latest
+        assert self.volume.restorable() == explicit
 
     def gc(self) -> None:
         if not self.is_empty:
             self._run(gc_diffs(self.volume))
 
     def change_snapshot(self) -> None:
-        """Protect or release a snapshot, as archives will."""
+        """Protect or release a snapshot."""
         gids = [gid for gid in self.images if gid >= self.base.begin.gid_b]
         if self.is_empty or not gids:
             return
         gid, enable = self._rng.choice(gids[-4:-1] or gids), self._rng.random() < 0.7
         can_restore = gid in [p.gid for p in self.diffs.restorable(self.base, all_points=True)]
-        found, changed = self.diffs.change_snapshot(gid, enable=enable)
-        self.volume._points.clear()
-        for old, new in changed:
-            self.fs.rename(self.volume.directory / diff_name(old), self.volume.directory / diff_name(new))
-        if found and not enable:
-            self.protected.discard(gid)
-        elif found and can_restore:
+        if not self.diffs.snapshot_change(gid, enable=enable).found:
+            return
+        if not enable:
+            self.protected.discard(gid)  # before: after a crash it may be either
+        command = Command.ENABLE_SNAPSHOT if enable else Command.DISABLE_SNAPSHOT
+        self._risky(lambda: change_snapshots(self.volume, [gid], command), 0.3)
+        self.events["change snapshot"] += 1
+        if enable and can_restore:
             self.protected.add(gid)
 
     # --- checking
