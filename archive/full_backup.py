@@ -64,8 +64,6 @@ async def receive_full_backup(
             ) as receiver:
                 async with volume.giving_up():
                     await volume.settle()
-                    if volume.record.full_progress is not None:  # of a replication, which owns the image so far
-                        await volume.save(full_progress=None)
                     await with_filler(conn, receiver.prepare())
                     await conn.send(BackupAccepted())
                     uuid = (await conn.expect(LogReset)).uuid

@@ -14,17 +14,17 @@ Scan, too, which keeps applies out (archive/states.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Final
 
 import structlog
 
 from walbd.archive.gaps import HASH_BACKUP, gaps_after
-from walbd.archive.opening import open_diffs
 from walbd.archive.pending import commit_pending
 from walbd.archive.receive import WdiffSink, grow
 from walbd.archive.slots import Slots
 from walbd.archive.states import SCAN, Command, State
+from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Volume, check_room
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
@@ -34,8 +34,7 @@ from walbd.daemon.tasks import uninterrupted
 from walbd.errors import Busy, Refused, RemoteProtocolError, UsageError
 from walbd.format.meta import Diff, Snapshot, hash_backup_diff, hash_backup_gid
 from walbd.format.virtual import VirtualImage
-from walbd.format.wdiff_read import WdiffReader
-from walbd.fs import File, failpoints
+from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.ids import NIL_UUID, NO_GID, parse_uuid
 from walbd.protocol.base import Kind, Ok
@@ -104,22 +103,21 @@ class _Receiving:
     async def run(self) -> Diff:
         """Do it all, up to the new snapshot; return its diff."""
         volume, conn, pools = self._volume, self._conn, self._volume.place.env.pools
-        base: File | None = None
         try:
             async with volume.giving_up():
                 await volume.settle()
                 await self._make_fit()
                 latest = volume.latest.begin
-                base = await pools.run(Pool.RECEIVE, volume.place.images.open_base, volume.name)
-                async with open_diffs(volume, Pool.RECEIVE, self._choose) as opened:
-                    image = await with_filler(conn, pools.run(Pool.QUERY, self._virtual, base, opened.readers))
+                async with AsyncExitStack() as stack:
+                    opening = stack.enter_async_context(open_virtual(volume, latest.gid_b, Pool.QUERY))
+                    image = await with_filler(conn, opening)
                     await pools.run(Pool.RECEIVE, self._open)
                     await conn.send(BackupAccepted(latest=latest, size_lb=volume.size_lb))
                     await self._compare(image)
                 diff = await self._end(latest)
             await uninterrupted(self._commit(diff))
         finally:
-            await pools.run(Pool.RECEIVE, self._close, base)
+            await pools.run(Pool.RECEIVE, self.sink.close)
         return diff
 
     async def _make_fit(self) -> None:
@@ -138,12 +136,6 @@ class _Receiving:
             await grow(volume, size_lb)
         elif size_lb < volume.size_lb:
             log.warning("hash_backup.device_smaller", volume=volume.name, size_lb=size_lb, image_lb=volume.size_lb)
-
-    def _choose(self) -> list[Diff]:
-        """Return the diffs to see the latest snapshot through; raises NotReachable when they are too many."""
-        volume = self._volume
-        n_max = volume.place.config.open_files_max
-        return volume.diffs.to_scan(volume.base, volume.latest.begin.gid_b, n_max=n_max)
 
     async def _compare(self, image: VirtualImage) -> None:
         """Let the storage reset its log, and take what differs."""
@@ -196,17 +188,6 @@ class _Receiving:
 
     # in threads
 
-    def _virtual(self, base: File, readers: Sequence[WdiffReader]) -> VirtualImage:
-        volume = self._volume
-        image = VirtualImage(base, readers, volume.size_lb * LB, check=volume.check_force)
-        image.check_inside()
-        return image
-
     def _open(self) -> None:
         check_room(self._volume.place)
         self.sink.open()
-
-    def _close(self, base: File | None) -> None:
-        self.sink.close()
-        if base is not None:
-            base.close()

@@ -292,7 +292,7 @@ class HashBackup(Request[JobAccepted]):
     """Send what differs from the primary archive's latest image; accepted only after the archive agreed."""
 
     volume: Volume
-    bulk_b: Bulk = 256 << 10
+    bulk_b: Bulk = 64 << 10
 
 
 @message("gid")

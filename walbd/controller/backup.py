@@ -19,7 +19,8 @@ from walbd.protocol.base import JobAccepted
 from walbd.protocol.codec import Request
 from walbd.units import parse_size
 
-_DEFAULT_BULK_B: Final = c.FullBackup(volume="x").bulk_b
+_FULL_BULK_B: Final = c.FullBackup(volume="x").bulk_b
+_HASH_BULK_B: Final = c.HashBackup(volume="x").bulk_b
 _BUSY_S: Final = 10.0  # for what excludes a backup and ends by itself: the receipt of a diff
 _DRAIN_S: Final = 60.0  # for proxies to deliver what they still hold, before it is dropped
 _STUCK_S: Final = 5.0  # without any progress: nothing more will come
@@ -48,7 +49,7 @@ class Backup(Feeding):
         storage and the archive have agreed to begin. `timeoutS` bounds the copy, and again the time until it
         can be restored. Raises BadState and other refusals, ConnectError, TimedOut, or why the copy failed.
         """
-        bulk_b = self._backup_args(sx, vol, timeoutS, block, bulkSizeU, syncOpt)
+        bulk_b = self._backup_args(sx, vol, timeoutS, block, bulkSizeU, syncOpt) or _FULL_BULK_B
         primary, states = self._verify_group(sx, vol)
         self._require_source(sx, vol, states[sx])
         hint = f"its old data must go first: walbc stop {primary.name} {vol}, walbc reset {primary.name} {vol}"
@@ -77,7 +78,7 @@ class Backup(Feeding):
 
         Returns the new generation that can be restored, or None at once with `block=False`.
         """
-        bulk_b = self._backup_args(sx, vol, timeoutS, block, bulkSizeU, syncOpt)
+        bulk_b = self._backup_args(sx, vol, timeoutS, block, bulkSizeU, syncOpt) or _HASH_BULK_B
         primary, states = self._verify_group(sx, vol)
         self._require_source(sx, vol, states[sx], k.sDuringStopForTarget)
         hint = {
@@ -100,14 +101,14 @@ class Backup(Feeding):
     def _backup_args(
         self, sx: Server, vol: str, timeoutS: float, block: bool, bulkSizeU: str | None, syncOpt: SyncOpt | None
     ) -> int:
-        """Check the arguments of a backup, and return the size of its bulks [byte]."""
+        """Check the arguments of a backup, and return the size of its bulks [byte]; 0: the default."""
         self._check(sx, vol, K_STORAGE)
         verify_timeout(timeoutS)
         verify_type(block, bool)
         if syncOpt is not None:
             verify_type(syncOpt, SyncOpt)
         if bulkSizeU is None:
-            return _DEFAULT_BULK_B
+            return 0
         verify_size_unit(bulkSizeU)
         check_bulk(parse_size(bulkSizeU))
         return parse_size(bulkSizeU)
