@@ -9,6 +9,7 @@ from msgspec import Meta
 from walbd.daemon.config import LIVE, Count, DaemonConfig, Size
 from walbd.errors import ConfigError, UsageError
 from walbd.format.compress import CompressOpt
+from walbd.format.policy import DAY_S, DEFAULT_KEEP, DEFAULT_LEVELS, Grid, parse_levels
 from walbd.units import GIB, LB, MIB
 
 
@@ -69,6 +70,25 @@ class ArchiveConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     keep_one_cold: Annotated[bool, Meta(description="keep only the newest cold image of a volume", extra=LIVE)] = (
         False
     )
+    policy: Annotated[
+        bool, Meta(description="merge, apply and replicate by policy; off: for no volume", extra=LIVE)
+    ] = True
+    keep: Annotated[
+        str, Meta(description="which restore points stay, for volumes without a policy of their own", extra=LIVE)
+    ] = DEFAULT_KEEP
+    levels: Annotated[
+        str, Meta(description="AGE:INTERVAL ... of older implicit points one stays in each interval", extra=LIVE)
+    ] = DEFAULT_LEVELS
+    apply_interval_s: Annotated[
+        int, Meta(ge=0, le=1 << 31, description="no more applies of a volume by policy than one in", extra=LIVE)
+    ] = DAY_S
+    policy_max: Annotated[
+        Count,
+        Meta(description="merges, applies and replications, of each so many at a time, by policy", extra=LIVE),
+    ] = 1
+    policy_rest_percent: Annotated[
+        int, Meta(ge=0, le=95, description="share of the time that merges and applies by policy rest", extra=LIVE)
+    ] = 50
 
     def check(self) -> None:
         """Raise ConfigError for settings that are wrong together."""
@@ -79,3 +99,8 @@ class ArchiveConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fiel
             CompressOpt.parse(self.merge_compress)
         except UsageError as exc:
             raise ConfigError(f"merge_compress: {exc.message}", hint=exc.hint, value=self.merge_compress) from exc
+        for name, parse in (("keep", Grid.parse), ("levels", parse_levels)):
+            try:
+                parse(getattr(self, name))
+            except UsageError as exc:
+                raise ConfigError(f"{name}: {exc.message}", hint=exc.hint, **exc.facts) from exc

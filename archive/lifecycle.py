@@ -116,9 +116,9 @@ async def stop(volume: Volume, _job: Job) -> dict[str, Fact] | None:
 
 
 async def promise_nothing(volume: Volume, step: Step) -> None:
-    """Write the record of an empty volume, SyncReady, and forget what it had. The step goes on."""
+    """Write the record of an empty volume, SyncReady, and forget what it had but its policy. The step goes on."""
     empty = VolumeRecord(state=State.SYNC_READY)
-    fields = {name: getattr(empty, name) for name in empty.__struct_fields__ if name != "state"}
+    fields = {name: getattr(empty, name) for name in empty.__struct_fields__ if name not in ("state", "policy")}
     await volume.commit(Step(step.during, State.SYNC_READY), **fields)
     volume.reset_memory()
     volume.machine.actions.clear()

@@ -10,6 +10,7 @@ import msgspec
 
 from walbd.archive.states import State
 from walbd.format.meta import NO_BASE, BaseState, Diff
+from walbd.format.policy import Policy
 from walbd.ids import NIL_UUID
 from walbd.protocol.maintenance import Gap, Hold, ReplicaPosition
 
@@ -55,5 +56,6 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gaps: tuple[Gap, ...] = ()  # intervals without restore points, oldest first; only the last may be open
     holds: tuple[Hold, ...] = ()  # by generation
     replicas: tuple[ReplicaPosition, ...] = ()  # destinations of replications, by node
+    policy: Policy | None = None  # None: that of the archive's settings
     pending: Pending | None = None  # in Archived only
     full_progress: FullProgress | None = None  # in SyncReady only: anything else that touches the image clears it

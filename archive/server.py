@@ -20,6 +20,8 @@ from walbd.archive.hash_backup import receive_hash_backup
 from walbd.archive.images.file_store import FileStore
 from walbd.archive.images.store import ImageStore
 from walbd.archive.maintain import Maintenance
+from walbd.archive.policy import PolicyRunner
+from walbd.archive.policy_requests import PolicyRequests
 from walbd.archive.queries import Queries, known
 from walbd.archive.receive import receive_wdiff
 from walbd.archive.recover import is_leftover, load_volume
@@ -89,11 +91,24 @@ class ArchiveServer:
         self._scanner = Starter(self.jobs, self._scans, env.clock)
         self._me = identity(config, Kind.ARCHIVE)
         self.settings = Settings(config, env, read)
+        replicator = Replicator(self.volumes, self.place, self._me, self._starter, self._replications)
+        self._replicator = replicator
+        self.policy = PolicyRunner(
+            self.volumes,
+            self.place,
+            self.jobs,
+            replicator.begin,
+            lambda: bool(self._maintenance.waiting or self._restores.waiting),
+        )
+        policies = PolicyRequests(self.volumes, self.policy, env.clock, env.pools)
         common = CommonRequests(
             self._me, self.jobs, self.volumes, shutdown, lambda: self._server.stats, self.settings
         )
         self._server = Server(
-            env, self._me, {**common.handlers(), **self._handlers()}, connections_max=config.connections_max
+            env,
+            self._me,
+            {**common.handlers(), **policies.around({**self._handlers(), **policies.handlers()})},
+            connections_max=config.connections_max,
         )
         self._lock: File | None = None
         follow_common(self.settings, self._me, self._server)
@@ -117,6 +132,7 @@ class ArchiveServer:
         for slots, n_max in limits:
             slots.n_max = n_max
             slots.changed.set()
+        self.policy.follow()
         if isinstance(self.place.images, FileStore):
             self.place.images.free_reserve_b = new.free_reserve_b
 
@@ -140,6 +156,7 @@ class ArchiveServer:
                 tasks, [Address(self._config.listen, self._config.port)], tls_context(self._config, server=True)
             )
             undo.pop_all()
+        self.policy.start(tasks)
         for address in self.addresses:
             log.info("daemon.listening", address=str(address), volumes=len(self.volumes))
 
@@ -149,6 +166,7 @@ class ArchiveServer:
             self._forced = True
             for volume in self.volumes.values():
                 volume.machine.changed.set()
+        self.policy.drain()
         self.jobs.close()
         await self._server.stop(force=self._forced)
         await self.jobs.idle()
@@ -178,7 +196,7 @@ class ArchiveServer:
         return {
             **Queries(self.volumes, self.place).handlers(),
             **Destination(self.volumes, self.place, copies=self._backups, wdiffs=self._wdiffs).handlers(),
-            **Replicator(self.volumes, self.place, self._me, self._starter, self._replications).handlers(),
+            **self._replicator.handlers(),
             **ReplicaQueries(self.volumes).handlers(),
             **Maintenance(self.volumes, self._starter, self._scanner).handlers(),
             c.GetStatus: self._status,
@@ -283,6 +301,9 @@ class ArchiveServer:
             "scans_waiting": self._scans.waiting,
             "replications_running": self._replications.running,
             "replications_waiting": self._replications.waiting,
+            "policy": self.place.config.policy,
+            "policy_running": self.policy.acting,
+            "policy_failing": self.policy.failing,
             "maintenance_running": self._maintenance.running,
             "maintenance_waiting": self._maintenance.waiting,
         }

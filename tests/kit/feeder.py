@@ -90,6 +90,7 @@ class ArchiveRig:
             "port": 0,
             "io_timeout_s": 20.0,
             "free_reserve_b": 0,
+            "policy": False,  # what a test leaves unfinished stays so
         } | settings
         self.env = Env(fs=fs or OsFileSystem(), clock=FakeClock(), rng=random.Random(1))
         self.shutdown = Shutdown()

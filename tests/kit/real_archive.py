@@ -125,7 +125,9 @@ class RealArchive:
     # --- the volume
 
     def _load(self, *, fresh: bool = False) -> None:
-        config = ArchiveConfig(base_dir=str(BASE), free_reserve_b=0, open_files_max=self._rng.choice((0, 0, 1, 3)))
+        config = ArchiveConfig(
+            base_dir=str(BASE), free_reserve_b=0, policy=False, open_files_max=self._rng.choice((0, 0, 1, 3))
+        )
         env = Env(fs=self.fs, clock=FakeClock(), rng=self._rng, pools=InlinePools())
         self.place = Place(env, config, FileStore(self.fs, BASE))
         self.volumes: dict[str, Volume] = {}

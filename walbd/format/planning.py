@@ -25,6 +25,7 @@ from walbd.format.meta import (
     BaseState,
     Diff,
     DiffManager,
+    RestorePoint,
     Snapshot,
     can_merge,
     merge,
@@ -241,8 +242,9 @@ def look_at_everything(facts: Facts) -> Iterator[Action]:
 def _segments(run: Sequence[_Node], marks: Sequence[int], *, closed: bool) -> Iterator[Sequence[_Node]]:
     """Yield the parts of a run that may become one diff now, those of short periods first.
 
-    All points of the run are dropped, but the last one of a run that is closed. What a level drops can go at once. What retention drops goes
-    when a longer period is complete than any that ends inside: else it would be rewritten point by point.
+    All points of the run are dropped, but the last one of a run that is closed. What a level drops can go at
+    once. What retention drops goes when a longer period is complete than any that ends inside: else it would be
+    rewritten point by point.
     """
     for rank in sorted(set(marks)):
         if rank <= _RAW:
@@ -259,7 +261,11 @@ def _segments(run: Sequence[_Node], marks: Sequence[int], *, closed: bool) -> It
 
 def verdicts_of(facts: Facts) -> list[Verdict]:
     """Return the verdict on each restore point."""
-    points = facts.diffs.restorable(facts.base, all_points=True)
+    return verdicts_on(facts.diffs.restorable(facts.base, all_points=True), facts)
+
+
+def verdicts_on(points: Sequence[RestorePoint], facts: Facts) -> list[Verdict]:
+    """Return the verdict on each of `points`, which are all restore points; the diffs are not looked at."""
     base_gid = facts.base.begin.gid_b if facts.base.begin.is_clean and not facts.base.is_applying else None
     return explain(points, facts.holds, facts.replicas, facts.policy, facts.now, base_gid=base_gid)
 

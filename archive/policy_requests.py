@@ -1,0 +1,183 @@
+"""Requests about policies and holds (docs/policy.md), and how other requests get on with the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from walbd.archive.policy import PolicyRunner
+from walbd.archive.queries import known
+from walbd.archive.record import VolumeRecord
+from walbd.archive.states import Command
+from walbd.archive.volume import Volume
+from walbd.daemon.conn import Connection
+from walbd.daemon.env import Clock, Pool, Pools
+from walbd.daemon.server import Handler
+from walbd.errors import NotFound, UsageError
+from walbd.format.planning import verdicts_on
+from walbd.format.policy import Policy
+from walbd.protocol import control as c
+from walbd.protocol import maintenance as m
+from walbd.protocol.base import Ok
+from walbd.protocol.codec import Message, Request
+from walbd.protocol.policy import Explained, ExplainPolicy, GetPolicy, PolicyView, SetPolicy
+from walbd.protocol.sync import HashBackupOffer, ReplicateOffer
+from walbd.protocol.transfer import FullBackupOffer, WdiffOffer
+
+HOLDS_MAX: Final = 10_000
+
+# What a merge or an apply of the policy could be in the way of: it is waited for, and nothing new is begun.
+ASIDE: Final[frozenset[type[Request[Any]]]] = frozenset(
+    {
+        c.Apply,
+        c.GcDiff,
+        c.Resize,
+        c.Restore,
+        c.Stop,
+        m.AddHold,
+        m.BlockHash,
+        m.DelCold,
+        m.DisableSnapshot,
+        m.EnableSnapshot,
+        m.Merge,
+        m.Replicate,
+        m.Scrub,
+        m.VirtFullScan,
+        HashBackupOffer,
+        ReplicateOffer,
+    }
+)
+# After these the policy looks at the whole volume again.
+CHANGING: Final[frozenset[type[Request[Any]]]] = frozenset(
+    {
+        c.Apply,
+        c.GcDiff,
+        c.Start,
+        m.AddHold,
+        m.DbgReloadMetadata,
+        m.DbgSetBase,
+        m.DeleteHold,
+        m.DisableSnapshot,
+        m.EnableSnapshot,
+        m.ForgetReplica,
+        m.Merge,
+        SetPolicy,
+    }
+)
+# With these something comes.
+COMING: Final[frozenset[type[Request[Any]]]] = frozenset({FullBackupOffer, WdiffOffer})
+
+
+class PolicyRequests:
+    """The handlers."""
+
+    def __init__(self, volumes: dict[str, Volume], runner: PolicyRunner, clock: Clock, pools: Pools) -> None:
+        self._volumes = volumes
+        self._runner = runner
+        self._clock = clock
+        self._pools = pools
+
+    def handlers(self) -> dict[type[Request[Any]], Handler]:
+        """Return the handlers by request."""
+        return {
+            GetPolicy: self._get,
+            SetPolicy: self._set,
+            ExplainPolicy: self._explain,
+            m.GetHolds: self._holds,
+            m.AddHold: self._add_hold,
+            m.DeleteHold: self._delete_hold,
+        }
+
+    def around(self, handlers: Mapping[type[Request[Any]], Handler]) -> dict[type[Request[Any]], Handler]:
+        """Return handlers before which the policy stands aside, and after which it looks again."""
+        return {kind: self._wrapped(kind, handler) for kind, handler in handlers.items()}
+
+    def _wrapped(self, kind: type[Request[Any]], handler: Handler) -> Handler:
+        aside, changing = kind in ASIDE, kind in CHANGING
+        if not (aside or changing or kind in COMING):
+            return handler
+
+        async def serve(conn: Connection, request: Any) -> Message | None:
+            if aside:
+                await self._runner.stand_aside(request.volume)
+            try:
+                return await handler(conn, request)
+            finally:
+                (self._runner.reset if changing else self._runner.wake)(request.volume)
+
+        return serve
+
+    async def _get(self, _conn: Connection, request: GetPolicy) -> PolicyView:
+        return self._runner.view(known(self._volumes, request.volume, Command.GET_ACTIONS))
+
+    async def _set(self, _conn: Connection, request: SetPolicy) -> Ok:
+        volume = known(self._volumes, request.volume, Command.GET_ACTIONS)
+        if request.policy is not None:
+            request.policy.check()
+        await volume.save(policy=request.policy)
+        return Ok()
+
+    async def _explain(self, _conn: Connection, request: ExplainPolicy) -> Explained:
+        volume = known(self._volumes, request.volume, Command.GET_RESTORABLE)
+        policy: Policy = request.policy or self._runner.policy_of(volume)
+        policy.check()
+        facts = self._runner.facts(volume, policy)
+        points = list(volume.restorable(all_points=True))
+        step = self._runner.next_step(volume, policy)
+        verdicts = await self._pools.run(Pool.QUERY, verdicts_on, points, facts)
+        return Explained(points=verdicts, policy=policy, next=step)
+
+    # --- holds
+
+    async def _holds(self, _conn: Connection, request: m.GetHolds) -> m.Holds:
+        return m.Holds(holds=list(known(self._volumes, request.volume, Command.GET_ACTIONS).record.holds))
+
+    async def _add_hold(self, _conn: Connection, request: m.AddHold) -> Ok:
+        # As enable-snapshot: a merge or an apply that runs could have the snapshot go.
+        volume = known(self._volumes, request.volume, Command.ENABLE_SNAPSHOT)
+        now = self._clock.now()
+        if request.until and request.until <= now:
+            raise UsageError(
+                "the hold would be over already", hint="give a time to come, or none", until=request.until, now=now
+            )
+        if request.gid not in {point.gid for point in volume.restorable(all_points=True)}:
+            raise NotFound(
+                "this generation cannot be restored, so it cannot be held",
+                hint="see `walbc restorable --all`",
+                gid=request.gid,
+            )
+        hold = m.Hold(gid=request.gid, reason=request.reason, created=now, until=request.until)
+        if len(volume.record.holds) >= HOLDS_MAX:
+            raise UsageError("too many holds", hint="delete some", holds=len(volume.record.holds))
+
+        def change(record: VolumeRecord) -> dict[str, Any]:
+            others = [
+                other
+                for other in record.holds
+                if other.gid != request.gid and (not other.until or other.until > now)
+            ]
+            return {"holds": tuple(sorted([*others, hold], key=lambda other: other.gid))}
+
+        await volume.update(change)
+        if request.gid not in {point.gid for point in volume.restorable(all_points=True)}:
+            await volume.update(_without(request.gid))
+            raise NotFound(
+                "this generation has gone just now", hint="hold one that can be restored", gid=request.gid
+            )
+        return Ok()
+
+    async def _delete_hold(self, _conn: Connection, request: m.DeleteHold) -> Ok:
+        volume = known(self._volumes, request.volume, Command.GET_ACTIONS)
+        holds = volume.record.holds
+        if request.gid not in {hold.gid for hold in holds}:
+            raise NotFound(
+                "there is no hold of this generation",
+                hint="held: " + (", ".join(str(hold.gid) for hold in holds) or "none"),
+                gid=request.gid,
+            )
+        await volume.update(_without(request.gid))
+        return Ok()
+
+
+def _without(gid: int) -> Callable[[VolumeRecord], dict[str, Any]]:
+    return lambda record: {"holds": tuple(hold for hold in record.holds if hold.gid != gid)}
