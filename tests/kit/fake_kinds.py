@@ -241,6 +241,11 @@ class FakeArchive(FakeServer):
             m.DelCold: self.del_cold,
             m.BlockHash: self.block_hash,
             m.Replicate: self.replicate,
+            m.Scrub: self.scrub,
+            m.GetBaseAll: self.bases,
+            m.GetVolumeGroup: self.nothing,
+            m.GetThinpool: self.nothing,
+            c.GetTsDelta: self.ts_delta,
             m.GetGaps: self.gaps,
             m.GetReplicaPositions: self.replicas,
             m.ForgetReplica: self.forget,
@@ -415,6 +420,38 @@ class FakeArchive(FakeServer):
                 copy.archive_uuid, copy.size_lb = volume.archive_uuid, volume.size_lb
 
         return self.job("replicate", request.volume, work)
+
+    async def scrub(self, request: m.Scrub) -> JobAccepted:
+        volume = self.require(request.volume, "Archived")
+
+        async def work(job: Job) -> dict[str, Fact]:
+            await self.group.gate("scrub")
+            return {"wdiffs": 3, "damaged": int(bool(volume.damage)), "damaged_files": volume.damage}
+
+        return self.job("scrub", request.volume, work)
+
+    async def bases(self, _request: m.GetBaseAll) -> m.BaseStates:
+        rows = [(name, BaseState(Snapshot.clean(v.base), timestamp=NOW)) for name, v in self.volumes.items()]
+        return m.BaseStates(rows=rows)
+
+    async def nothing(self, _request: m.GetVolumeGroup | m.GetThinpool) -> c.TextValue:
+        return c.TextValue(value="")
+
+    async def ts_delta(self, _request: c.GetTsDelta) -> c.TsDeltas:
+        rows = [
+            c.TsDelta(
+                volume=name,
+                dest=replica.node,
+                gid=max(volume.points),
+                timestamp=NOW,
+                dest_gid=replica.gid,
+                dest_timestamp=replica.timestamp,
+                delta_s=NOW - replica.timestamp,
+            )
+            for name, volume in self.volumes.items()
+            for replica in volume.replicas
+        ]
+        return c.TsDeltas(rows=rows)
 
     async def gaps(self, request: m.GetGaps) -> m.Gaps:
         return m.Gaps(gaps=self.known(request.volume).gaps)

@@ -242,9 +242,25 @@ class FakeServer:
                 "diffs_b": 4096 * max(len(v.points) - 1, 0),
                 "size_lb": v.size_lb,
                 "uuid": v.uuid.hex(),
-                "base": f"<|{v.base}|>-20270115080000",
+                "hops": [self.replica(v, row) for row in v.replicas],
             }
         return c.VolumeStatus(volume=name, state=v.state, **more)
+
+    def replica(self, v: FakeVolume, row: m.ReplicaPosition) -> c.HopStatus:
+        behind = [gid for gid in v.points if gid > row.gid]
+        return c.HopStatus(
+            dest=row.node,
+            address=row.address,
+            sending=False,
+            diffs=len(behind),
+            size_b=4096 * len(behind),
+            gid_b=row.gid,
+            gid_e=max(v.points),
+            oldest=row.timestamp if behind else 0,
+            last_sent=row.seen,
+            error=bool(row.error),
+            error_text=row.error,
+        )
 
     def hop(self, v: FakeVolume, info: c.ArchiveInfo) -> c.HopStatus:
         waiting = v.waiting.get(info.archive, [])

@@ -11,7 +11,7 @@ import pytest
 
 from tests.kit.fake_group import FakeGroup
 from walbd.controller import Controller, Progress
-from walbd.controller.client import Client, identity, local_error
+from walbd.controller.client import Client, Take, identity, local_error
 from walbd.controller.servers import Server
 from walbd.errors import (
     BadState,
@@ -57,6 +57,11 @@ class ScriptedCalls:
             except WalbError as exc:
                 replies.append(exc)
         return replies
+
+    def stream(self, s: Server, request: Request[Any], take: Take, timeoutS: float = 0) -> Any:
+        reply = self.call(s, request, timeoutS)
+        take(reply, memoryview(b""))
+        return reply
 
     def sleep(self, seconds: float) -> None:
         assert seconds >= 0

@@ -22,7 +22,9 @@ _D, _C, _T = (f"walbd.cli.walbc_{name}" for name in ("diffs", "copies", "setting
 SECTIONS: dict[str, dict[str, Late]] = {
     "Look": {
         "status": Late(f"{_S}:status", "The whole group on one screen: servers, volumes, lag, jobs, alarms."),
-        "info": Late(f"{_I}:info", "From when to when, and to which points, a volume can be restored."),
+        "info": Late(
+            "walbd.cli.walbc_info:info", "From when to when, and to what, a volume can be restored."
+        ),
         "doctor": Late("walbd.cli.walbc_doctor:doctor", "Find what is wrong with the group, and mend it."),
         "shell": Late("walbd.cli.shell:shell", "Python, with the servers and the controller as variables."),
     },
@@ -52,6 +54,7 @@ SECTIONS: dict[str, dict[str, Late]] = {
         "gaps": Late(f"{_D}:gaps", "Intervals for which no restore point can exist."),
         "apply": Late(f"{_I}:apply", "Write diffs into the base image; older snapshots vanish."),
         "merge": Late(f"{_D}:merge", "Make one diff of several; the snapshots between vanish."),
+        "scrub": Late(f"{_D}:scrub", "Verify everything that an archive stores of a volume."),
         "enable-snapshot": Late(f"{_D}:enable_snapshot", "Protect snapshots from merging."),
         "disable-snapshot": Late(f"{_D}:disable_snapshot", "Let merging remove snapshots."),
         "gc-diff": Late(f"{_I}:gc_diff", "Remove diffs that nothing needs."),

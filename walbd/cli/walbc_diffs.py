@@ -148,6 +148,21 @@ def block_hash(
     app.tell({"volume": vol, "archive": ax.name, "gid": gid, "hash": value}, value)
 
 
+@command("scrub")
+@VOL
+@ARCHIVE
+@TIMEOUT
+def scrub(app: App, vol: str, archive: str | None, timeout_s: float) -> int:
+    """Have an archive read and verify everything that it stores of the volume; exit 1 when something is damaged.
+
+    Nothing is changed or removed.
+    """
+    ax = app.archive(archive)
+    found = app.ctl.scrub(ax, vol, timeout_s)
+    app.tell(found, "\n".join(f"{name} {value}" for name, value in found.items()))
+    return int(bool(found.get("damaged")))
+
+
 @command("scan")
 @VOL
 @GID

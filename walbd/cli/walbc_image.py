@@ -6,16 +6,10 @@ from typing import Any
 
 import click
 
-from walbd.cli.output import print_table
 from walbd.cli.walbc_app import ARCHIVE, GID, SERVER, TIMEOUT, VOL, App, checked, command
-from walbd.controller.constants import UINT64_MAX, aActive
-from walbd.controller.overview import Overview, VolumeView
+from walbd.controller.constants import UINT64_MAX
 from walbd.controller.servers import Server
-from walbd.errors import NotFound, WalbError
-from walbd.format.meta import RestorePoint
 from walbd.protocol import control as c
-from walbd.protocol.codec import to_json_ready
-from walbd.units import format_size, format_time
 
 _POINTS_SHOWN = 20
 
@@ -58,7 +52,7 @@ def restorable(app: App, vol: str, archive: str | None, all_points: bool) -> Non
 def restored(app: App, vol: str, archive: str | None) -> None:
     """List restored images: GID PATH."""
     ax = app.archive(archive)
-    rows = _restored(app, ax, vol, app.ctl.get_restored(ax, vol))
+    rows = restored_rows(app, ax, vol, app.ctl.get_restored(ax, vol))
     app.tell_lines(rows, [f"{row['gid']} {row['path']}" for row in rows])
 
 
@@ -168,90 +162,6 @@ def get_archive_uuid(app: App, vol: str, archive: str | None) -> None:
     app.tell({"value": uuid}, uuid)
 
 
-@command("info")
-@VOL
-@click.option("--all", "all_points", is_flag=True, help="List every restore point, implicit ones too.")
-def info(app: App, vol: str, all_points: bool) -> None:
-    """Show from when to when, and to which points, the volume can be restored; sizes and lag."""
-    view = app.ctl.overview(checked(vol))
-    volume = next((v for v in view.volumes if v.volume == vol), None)
-    if volume is None:
-        raise NotFound("no server that answers knows the volume", hint="see `walbc status`", volume=vol)
-    archives = [_archive_info(app, s, vol, view, volume, all_points) for s in app.layout.servers.archiveL]
-    if app.as_json:
-        about = to_json_ready(volume) | {"archives": archives}
-        about["alarms"] = [to_json_ready(a) for a in view.alarms if a.volume in ("", vol)]
-        app.tell(about)
-        return
-    app.end_progress()
-    source = f"backed up from {', '.join(volume.targets)}" if volume.targets else "not backed up"
-    print(f"{volume.word}  {vol}: {format_size(volume.size_b)}, {source}")
-    for alarm in view.alarms:
-        if alarm.volume in ("", vol):
-            where = f"{alarm.server}: " if alarm.server else ""
-            print(f"    {alarm.word}: {where}{alarm.text}{f' - {alarm.hint}' if alarm.hint else ''}")
-    for about in archives:
-        _print_archive(about, all_points)
-
-
-def _archive_info(
-    app: App, s: Server, vol: str, view: Overview, volume: VolumeView, all_points: bool
-) -> dict[str, Any]:
-    """Ask one archive what it holds; an archive that cannot tell says why."""
-    about: dict[str, Any] = {"archive": s.name}
-    server = next(v for v in view.servers if v.name == s.name)
-    mine = next((v for v in server.status.volumes if v.volume == vol), None) if server.status else None
-    if mine is None:
-        return about | {"state": "", "error": server.text}
-    part = next((p for p in volume.parts if p.server == s.name), None)
-    about |= {
-        "state": mine.state,
-        "diffs": mine.diffs,
-        "diffs_b": mine.diffs_b,
-        "lag_s": part.lag_s if part else None,
-        "points": [],
-        "restored": [],
-    }
-    if mine.state not in aActive:
-        return about
-    try:
-        points = app.ctl.ask(s, c.GetRestorable(volume=vol, all_points=all_points)).points
-        about["base"] = to_json_ready(app.ctl.ask(s, c.GetBase(volume=vol)).base)
-        about["points"] = to_json_ready(points)
-        about["restored"] = _restored(app, s, vol, mine.restored)
-    except WalbError as exc:
-        about["error"] = str(exc)
-    return about
-
-
-def _restored(app: App, ax: Server, vol: str, gids: list[int]) -> list[dict[str, Any]]:
+def restored_rows(app: App, ax: Server, vol: str, gids: list[int]) -> list[dict[str, Any]]:
+    """Return the restored images of a volume with their paths."""
     return [{"gid": gid, "path": app.ctl.get_restored_path(ax, vol, gid)} for gid in gids]
-
-
-def _print_archive(about: dict[str, Any], all_points: bool) -> None:
-    name = about["archive"]
-    if about.get("error"):
-        print(f"\n{name}: {about['error']}")
-        return
-    points = [RestorePoint(**point) for point in about["points"]]
-    n = about["diffs"]
-    print(f"\n{name}: {about['state']}, {n} diff{'s' * (n != 1)} of {format_size(about['diffs_b'])}")
-    if not points:
-        print("    nothing can be restored")
-        return
-    first, last = points[0], points[-1]
-    behind = f", {about['lag_s']} s behind" if about["lag_s"] else ", nothing missing"
-    print(
-        f"    restorable from {format_time(first.timestamp)} (gid {first.gid})"
-        f" to {format_time(last.timestamp)} (gid {last.gid}){behind}"
-    )
-    for row in about["restored"]:
-        print(f"    restored: {row['gid']} {row['path']}")
-    shown = points if all_points else points[-_POINTS_SHOWN:]
-    if len(shown) < len(points):
-        print(f"    the newest {len(shown)} of {len(points)} points (--all shows every one):")
-    print_table(
-        ["GID", "TIME", "KIND"],
-        [(p.gid, format_time(p.timestamp), "explicit" if p.explicit else "implicit") for p in shown],
-        right=["GID"],
-    )

@@ -10,7 +10,8 @@ import click
 from walbd.cli.output import print_table, use_colour
 from walbd.cli.walbc_app import SERVER, SERVERS, TIMEOUT, VOL, YES, App, checked, command, sure
 from walbd.controller.commands import find_command, finish
-from walbd.controller.overview import Overview, Word, overview_lines
+from walbd.controller.overview import Overview, Word
+from walbd.controller.overview_text import overview_lines
 from walbd.controller.replies import job_text, ltsv
 from walbd.controller.servers import Server, server_kind_to_str
 from walbd.errors import NotFound, UsageError, WalbError
@@ -119,7 +120,7 @@ def get_vol_list(app: App, server: str) -> None:
 @command("get-ts-delta")
 @SERVER
 def get_ts_delta(app: App, server: str) -> None:
-    """Show how far the archives are behind a storage, as it last compared."""
+    """Show how far archives are behind a storage, or replicas behind an archive, as it last compared."""
     s = app.server(server)
     rows = app.ctl.get_ts_delta(s)
     app.tell_lines(rows, [ltsv(**row) for row in rows])

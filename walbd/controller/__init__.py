@@ -119,6 +119,8 @@ from walbd.controller.local import (
 from walbd.controller.overview import (
     Overview,
     Word,
+)
+from walbd.controller.overview_text import (
     overview_lines,
 )
 from walbd.controller.progress import (

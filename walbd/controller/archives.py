@@ -24,14 +24,15 @@ from walbd.controller.verify import (
     verify_u64,
 )
 from walbd.controller.words import check_bulk
-from walbd.errors import Refused, UsageError
+from walbd.errors import ConnectError, Refused, TimedOut, UsageError
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
-from walbd.protocol.codec import Message
+from walbd.protocol.base import Fact, JobAccepted, JobInfo
+from walbd.protocol.codec import Message, Request
 from walbd.units import parse_size
 
 _HASH_BULK: Final = "64K"
-_HASH_TRIES: Final = 3  # a restart of the archive forgets the job; nothing is lost by asking again
+_JOB_TRIES: Final = 3  # of a job that a restart of the archive has forgotten
 
 
 class Archives(Images):
@@ -130,7 +131,10 @@ class Archives(Images):
         require_state(ax, vol, state, k.aAcceptForResize)
         if self._verify_growth(ax, vol, size_lb):
             return
-        self.ask(ax, c.Resize(volume=vol, size_b=size_lb * Lbs, zero=doZeroClear))
+        try:
+            self.ask(ax, c.Resize(volume=vol, size_b=size_lb * Lbs, zero=doZeroClear))
+        except (ConnectError, TimedOut) as exc:
+            self.say(f"warning: {exc}")  # it may go on all the same: the size will tell
         self._wait_for_no_action(ax, vol, k.aaResize, limit_s)
         now_lb = self.get_vol_size_lb(ax, vol)
         if now_lb != size_lb:
@@ -193,11 +197,7 @@ class Archives(Images):
         verify_u64(gid)
         verify_timeout(timeoutS)
         request = m.BlockHash(volume=vol, gid=gid, bulk_b=_bulk_b(bulkSizeU), size_lb=_scan_lb(scanSizeU))
-        for _ in range(_HASH_TRIES):
-            job = self.wait_for_job(ax, self.ask(ax, request).job, timeoutS, vol=vol, what="block-hash")
-            if job is not None:
-                return str(job.result["hash"])
-        raise Refused("the archive restarts all the time", server=ax.name, volume=vol)
+        return str(self._ask_job(ax, request, timeoutS, vol, "block-hash").result["hash"])
 
     def virt_full_scan(
         self,
@@ -228,6 +228,16 @@ class Archives(Images):
             self._scan_into(ax, request, sink)
             return sink.size_b
 
+    def scrub(self, ax: Server, vol: str, timeoutS: float = TIMEOUT_SEC) -> dict[str, Fact]:
+        """Have an archive read and verify everything that it stores of a volume; return what it has found.
+
+        `damaged` counts what is damaged and `damaged_files` names it; nothing is changed. Raises what kept the
+        archive from looking, not that something is damaged.
+        """
+        self._check(ax, vol, K_ARCHIVE)
+        verify_timeout(timeoutS)
+        return self._ask_job(ax, m.Scrub(volume=vol), timeoutS, vol, "scrub").result
+
     # Images that stay
 
     def get_cold(self, ax: Server, vol: str) -> list[int]:
@@ -256,6 +266,14 @@ class Archives(Images):
         if not gidL:
             raise UsageError("no generation is named")
         return list(gidL)
+
+    def _ask_job(self, ax: Server, request: Request[JobAccepted], timeoutS: float, vol: str, what: str) -> JobInfo:
+        """Have a job done that changes nothing, and return it; asked again where a restart has forgotten it."""
+        for _ in range(_JOB_TRIES):
+            job = self.wait_for_job(ax, self.ask(ax, request).job, timeoutS, vol=vol, what=what)
+            if job is not None:
+                return job
+        raise Refused("the archive restarts all the time", server=ax.name, volume=vol)
 
     def _verify_mergeable(self, ax: Server, vol: str, gidB: int, gidE: int) -> None:
         """Raise UsageError or Refused unless the diffs from gidB to gidE can be merged."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 from walbd.controller import words as w
 from walbd.controller.client import ended_job
 from walbd.controller.constants import K_ARCHIVE, K_PROXY, K_STORAGE, serverKinds
-from walbd.controller.replies import actions_text, bases_text, fact_text, latest_text, ts_delta_text
+from walbd.controller.replies import actions_text, latest_text, ts_delta_text
 from walbd.controller.servers import Server, server_kind_to_str
 from walbd.controller.words import Command
 from walbd.errors import UsageError
@@ -177,7 +177,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     Command("get is-overflow", "VOL", _S, w.one(c.GetIsOverflow), "1 when the log has overflowed"),
     Command("get log-usage", "[VOL]", _S, w.any_volume(c.GetLogUsage), "how full the log is"),
     Command("get uuid", "VOL", _S | _A, w.one(c.GetUuid), "uuid of the log"),
-    Command("get ts-delta", "", _S, w.none(c.GetTsDelta), "how far destinations are behind", ts_delta_text),
+    Command("get ts-delta", "", _S | _A, w.none(c.GetTsDelta), "how far destinations are behind", ts_delta_text),
     # proxy
     Command("archive-info list", "VOL", _P, w.one(c.ListArchiveInfo), "archives that a volume is sent to"),
     Command(
@@ -255,6 +255,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
         w.virt_full_scan,
         "write the image of a snapshot to a file or device",
     ),
+    Command("scrub", "VOL", _A, w.one(m.Scrub), "read and verify everything that is stored of a volume"),
     Command("gc-diff", "VOL", _A, w.one(c.GcDiff), "remove diffs that nothing needs; prints how many"),
     Command("get diff", "VOL [GIDB] [GIDE]", _A, w.any_diffs(c.GetDiff), "diffs"),
     Command(
@@ -281,9 +282,9 @@ COMMANDS: Final[tuple[Command, ...]] = (
         lambda args: m.ForgetReplica(volume=w.vol(args[0]), node=node_name(args[1])),
         "keep nothing for another archive any more",
     ),
-    Command("get base-all", "", _A, w.none(c.GetStatus), "state of the base images of all volumes", bases_text),
-    Command("get volume-group", "", _A, w.none(c.GetStatus), "LVM volume group", fact_text("volume_group")),
-    Command("get thinpool", "", _A, w.none(c.GetStatus), "LVM thin pool", fact_text("thinpool")),
+    Command("get base-all", "", _A, w.none(m.GetBaseAll), "state of the base images of all volumes"),
+    Command("get volume-group", "", _A, w.none(m.GetVolumeGroup), "LVM volume group of the images, if any"),
+    Command("get thinpool", "", _A, w.none(m.GetThinpool), "LVM thin pool of the images, if any"),
     Command("dbg-reload-metadata", "VOL", _A, w.one(m.DbgReloadMetadata), "know a volume anew from its files"),
     Command("dbg-set-uuid", "VOL UUID", _A, w.set_uuid, "set the uuid of the log history"),
     Command(

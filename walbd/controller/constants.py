@@ -112,7 +112,9 @@ aaApply: Final = "Apply"
 aaRestore: Final = "Restore"
 aaReplSync: Final = "ReplSyncAsClient"
 aaResize: Final = "Resize"
-aActions: Final = (aaMerge, aaApply, aaRestore, aaReplSync, aaResize)
+aaScan: Final = "Scan"  # bhash and virt-full-scan
+aaScrub: Final = "Scrub"
+aActions: Final = (aaMerge, aaApply, aaRestore, aaReplSync, aaResize, aaScan, aaScrub)
 
 # Sets of states
 

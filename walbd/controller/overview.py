@@ -13,7 +13,6 @@ from enum import StrEnum
 from typing import Any, Final
 
 from walbd.controller import constants as k
-from walbd.controller.replies import job_progress_text
 from walbd.controller.servers import Server, ServerLayout, server_kind_to_str
 from walbd.errors import ConnectError, TimedOut, WalbError, code_of
 from walbd.protocol.base import JobInfo, JobList, JobState
@@ -234,7 +233,9 @@ class _Look:
         for s, v in self.parts(k.K_PROXY, vol):
             parts += self.proxy_parts(s, v)
         archives = self.parts(k.K_ARCHIVE, vol)
-        parts += [self.archive_part(s, v) for s, v in archives]
+        for s, v in archives:
+            parts.append(self.archive_part(s, v))
+            parts += [self.replica(s, v, hop) for hop in v.hops if self.is_news(v, hop)]
         self.check_together(vol)
         away = sorted(self.fed(vol).keys() & self.silent)
         targets = [s.name for s, v in self.parts(k.K_STORAGE, vol) if v.state == k.sTarget]
@@ -262,7 +263,7 @@ class _Look:
                 )
             )
         if v.overflow:
-            hint = f"stop {s.name} {v.volume}, then take a full or hash backup"
+            hint = f"walbc hash-backup {v.volume} --storage {s.name}"
             text = "the log has overflowed: what is written now is not backed up"
             words.append(self.alarm(Word.ERROR, "overflow", s.name, v.volume, text, hint))
         fill = v.log_usage_pb / v.log_capacity_pb if v.log_capacity_pb else 0.0
@@ -373,6 +374,33 @@ class _Look:
             lag_s=lag_s or 0,
         )
 
+    def is_news(self, v: VolumeStatus, hop: HopStatus) -> bool:
+        """Say whether the position of a replica tells anything: one that proxies feed tells of itself."""
+        return hop.error or hop.sending or hop.dest not in self.fed(v.volume)
+
+    def replica(self, s: Server, v: VolumeStatus, hop: HopStatus) -> Part:
+        """Judge a copy that an archive has made at another one: it is as old as the last replication."""
+        lag_s = max(0, self.replies[s].now - hop.oldest) if hop.diffs and hop.oldest else 0
+        text = (
+            f"gid {hop.gid_b}, {hop.diffs} diff{'s' * (hop.diffs != 1)}, {_behind(lag_s, hop.size_b)} missing"
+        )
+        text += f", seen {format_time(hop.last_sent)}"
+        word = Word.OK
+        if hop.error:
+            why = f"cannot replicate to {hop.dest}: {hop.error_text or 'it refused'}"
+            hint = f"put it right, then: walbc replicate {v.volume} {hop.dest} --from {s.name}"
+            word = self.alarm(Word.WARN, "replica-error", s.name, v.volume, why, hint)
+        return Part(
+            word=word,
+            server=s.name,
+            kind="archive",
+            dest=hop.dest,
+            state="replicating" if hop.sending else "replica",
+            text=text,
+            lag_s=lag_s,
+            lag_b=hop.size_b,
+        )
+
     def broken(self, s: Server, v: VolumeStatus) -> Word:
         if (not v.error or v.error == v.device_error) and v.state != k.BROKEN:
             return Word.OK
@@ -465,49 +493,3 @@ def _behind(lag_s: int, lag_b: int) -> str:
 
 def _stopping(v: VolumeStatus) -> str:
     return f", stopping ({v.stopping})" if v.stopping else ""
-
-
-# Text
-
-
-def overview_lines(view: Overview) -> list[str]:
-    """Write an overview, one fact a line, each beginning with ok, warn, error or down; columns are aligned."""
-    n_servers, n_volumes, n_alarms = len(view.servers), len(view.volumes), len(view.alarms)
-    summary = f"{n_servers} server{'s' * (n_servers != 1)}, {n_volumes} volume{'s' * (n_volumes != 1)}, "
-    summary += f"{n_alarms or 'no'} alarm{'s' * (n_alarms != 1)}"
-    rows: list[tuple[str, str, str, str]] = [(view.word, "group", "", summary)]
-    rows += [(s.word, s.kind, s.name, f"{s.address}, {s.text}") for s in view.servers]
-    for volume in view.volumes:
-        rows.append((volume.word, "volume", volume.volume, _volume_text(volume)))
-        for part in volume.parts:
-            where = f"{part.server} > {part.dest}" if part.dest else part.server
-            rows.append((part.word, volume.volume, where, f"{part.state}, {part.text}"))
-    rows += [(v.word, "job", f"{v.server} {v.job.job}", _job_text(v.job)) for v in view.jobs]
-    for alarm in view.alarms:
-        where = " ".join(word for word in (alarm.server, alarm.volume) if word)
-        rows.append((alarm.word, "alarm", where, f"{alarm.text}{f' - {alarm.hint}' if alarm.hint else ''}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return [
-        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
-        for row in rows
-    ]
-
-
-def _volume_text(v: VolumeView) -> str:
-    parts = [format_size(v.size_b)]
-    parts.append(f"backed up from {', '.join(v.targets)}" if v.targets else "not backed up")
-    if v.restorable_until:
-        parts.append(f"restorable until {format_time(v.restorable_until)}")
-    elif not v.away:
-        parts.append("nothing restorable")
-    if v.lag_s is not None:
-        parts.append(f"{v.lag_s} s behind" if v.lag_s else "nothing missing")
-    if v.away:
-        parts.append(f"waits for {', '.join(v.away)}")
-    return ", ".join(parts)
-
-
-def _job_text(job: JobInfo) -> str:
-    how_far = job_progress_text(job) if job.state is JobState.RUNNING else str(job.state)
-    amount = f" ({format_size(job.done)} of {format_size(job.total)})" if job.total and job.unit == "B" else ""
-    return f"{job.name} {job.volume}: {how_far}{amount}".replace("  ", " ")

@@ -26,7 +26,8 @@ from walbd.controller.data import (
     create_compress_opt_from_str,
     from_unix,
 )
-from walbd.controller.overview import Overview, make_overview, overview_lines
+from walbd.controller.overview import Overview, make_overview
+from walbd.controller.overview_text import overview_lines
 from walbd.controller.replies import ts_delta_dict
 from walbd.controller.servers import Server, ServerParams, server_kind_to_str, verify_server_kind
 from walbd.controller.verify import verify_gid_range, verify_timeout, verify_type, verify_u64, verify_volume
@@ -146,10 +147,13 @@ class Queries(Base):
             verify_volume(vol)
         return {row[0]: row[2] for row in self.ask(ax, c.GetLatestSnap(volume=vol or "")).rows}
 
-    def get_ts_delta(self, sx: Server) -> list[dict[str, str | int]]:
-        """Return how far the primary archive is behind a storage, by volume, as last compared there."""
-        verify_server_kind(sx, (K_STORAGE,))
-        return [ts_delta_dict(sx.kind, row) for row in self.ask(sx, c.GetTsDelta()).rows]
+    def get_ts_delta(self, s: Server) -> list[dict[str, str | int]]:
+        """Return how far the primary archive is behind a storage, or replicas behind an archive, by volume.
+
+        As it was last compared there.
+        """
+        verify_server_kind(s, (K_STORAGE, K_ARCHIVE))
+        return [ts_delta_dict(s.kind, row) for row in self.ask(s, c.GetTsDelta()).rows]
 
     # Storage
 

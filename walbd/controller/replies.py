@@ -116,16 +116,6 @@ def ts_delta_dict(kind: int, row: c.TsDelta) -> dict[str, Any]:
     }
 
 
-def bases_text(_kind: int, reply: c.StatusReply) -> str:
-    """Write the base state of each volume that has one."""
-    return lines(ltsv(name=v.volume, metastate=v.base) for v in reply.volumes if v.base)
-
-
-def fact_text(name: str) -> Callable[[int, c.StatusReply], str]:
-    """Return a writer of one setting of a server; empty where there is none."""
-    return lambda _kind, reply: str(reply.server.get(name) or "")
-
-
 def gap_text(gap: m.Gap) -> str:
     """Write a gap as `GIDB TIME GIDE TIME CAUSE`; `---` for the end of one that is open."""
     end = f"{gap.gid_e} {format_time(gap.end)}" if gap.end else "--- ---"
@@ -205,6 +195,7 @@ SHOW: Final[dict[type[Message], Callable[[Any], str]]] = {
     c.BaseValue: lambda reply: reply.base.describe(),
     c.SnapshotValue: lambda reply: str(reply.snapshot),
     c.StatusReply: _status,
+    m.BaseStates: lambda reply: lines(ltsv(name=name, metastate=base.describe()) for name, base in reply.rows),
     m.Gaps: lambda reply: lines(map(gap_text, reply.gaps)),
     m.ReplicaPositions: _replicas,
     m.Reloaded: lambda reply: lines(reloaded_lines(reply)),

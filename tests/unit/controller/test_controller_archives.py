@@ -124,6 +124,9 @@ def test_resize_archive(ready: FakeGroup) -> None:
     assert ctl.get_vol_size_lb(a0, "vol0") == 20 << 11
     with pytest.raises(UsageError, match="smaller"):
         ctl.resize_archive(a0, "vol0", 16, False)
+    ready.fail("a0", c.Resize, None)  # the connection is lost: the archive may or may not have done it
+    with pytest.raises(Refused, match="new size"):
+        ctl.resize_archive(a0, "vol0", 21, False)
     ready.frozen = True
     with pytest.raises(Refused, match="new size"):
         ctl.resize_archive(a0, "vol0", 21, False)
@@ -257,6 +260,14 @@ def test_a_scan_to_a_device_overwrites_it(
     with pytest.raises(Refused, match="too small"):
         scanned.ctl.virt_full_scan(scanned.a[0], "vol0", 2, device)
     assert device.read_bytes() == b"x" * 512
+
+
+def test_scrub(ready: FakeGroup) -> None:
+    ctl, a0 = ready.ctl, ready.a[0]
+    assert ctl.scrub(a0, "vol0") == {"wdiffs": 3, "damaged": 0, "damaged_files": ""}
+    ready.fail_job("scrub", Refused("no"))
+    with pytest.raises(Refused):
+        ctl.scrub(a0, "vol0")
 
 
 # Cold images and gaps

@@ -18,6 +18,7 @@ from walbd.errors import (
     NotFound,
     WlogOverflow,
 )
+from walbd.protocol import maintenance as m
 from walbd.protocol.base import JobState
 
 
@@ -63,6 +64,9 @@ def test_queries(ready: FakeGroup) -> None:
         "name": "vol0", "dest": "a0", "kind": "storage", "dest_kind": "archive", "gid": 9,
         "ts": "2027-01-15T08:00:00", "dest_gid": 7, "dest_ts": "2027-01-15T07:59:57", "ts_delta": 3,
     }  # fmt: skip
+    row = m.ReplicaPosition(node="a1", address="h:1", gid=2, timestamp=NOW - 60, seen=NOW)
+    ready.volume("a0").replicas = [row]
+    assert [(row["dest"], row["kind"], row["ts_delta"]) for row in ctl.get_ts_delta(a0)] == [("a1", "archive", 60)]
     assert [(job.name, job.state) for job in ctl.get_jobs(s0)] == [
         ("stop", JobState.DONE),
         ("full-backup", JobState.DONE),

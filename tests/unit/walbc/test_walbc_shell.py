@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.kit.fake_group import FakeGroup, FakeVolume
-from tests.unit.test_walbc import group_toml
+from tests.kit.walbc_cli import group_toml
 from walbd.cli.shell import Console, banner, identifier, print_walbd_error, run_script, variables, without_prompt
 from walbd.cli.walbc_app import App
 from walbd.controller import Controller, Device, ServerLayout, load_layout

@@ -4,77 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.kit.cli import Cli
 from tests.kit.fake_group import FakeGroup, FakeVolume
-from walbd.cli.walbc import COMMANDS, root
+from tests.kit.walbc_cli import Make, ask_json, results, says
+from walbd.cli.walbc import COMMANDS
 from walbd.controller import Controller
 from walbd.errors import Refused
 from walbd.protocol import control as c
-
-Make = Callable[[FakeGroup, str], None]
-
-
-@pytest.fixture
-def group_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Writes the group file of a fake group, and names it in the environment."""
-
-    def write(group: FakeGroup, more: str = "") -> None:
-        path = tmp_path / "group.toml"
-        path.write_text(group_toml(group) + more)
-        monkeypatch.setenv("WALBD_GROUP", str(path))
-
-    return write
-
-
-def group_toml(group: FakeGroup) -> str:
-    kinds = (("storage", group.s), ("proxy", group.p), ("archive", group.a))
-    return "timeout_s = 5\n" + "".join(
-        f'[[{kind}]]\nname = "{s.name}"\nhost = "{s.address}"\nport = {s.port}\n' for kind, sL in kinds for s in sL
-    )
-
-
-@pytest.fixture
-def group(group_file: Make) -> Iterator[FakeGroup]:
-    with FakeGroup() as made:
-        group_file(made, "")
-        yield made
-
-
-@pytest.fixture
-def ready(group: FakeGroup) -> FakeGroup:
-    """vol0 is backed up; snapshots 1 and 2."""
-    group.ctl.init_storage(group.s[0], "vol0", "/dev/x")
-    group.ctl.full_backup(group.s[0], "vol0")
-    group.ctl.snapshot(group.s[0], "vol0", group.a)
-    group.requests.clear()
-    return group
-
-
-@pytest.fixture
-def walbc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    monkeypatch.setenv("COLUMNS", "100")
-    return Cli(root, "walbc", capsys)
-
-
-def ask_json(walbc: Cli, *args: str) -> Any:
-    """Run a command with --json and return what it printed, without the lines of the fakes' logs."""
-    return json.loads(results(walbc.good(*args, "--json")))
-
-
-def results(out: str) -> str:
-    """Drop the log lines of the fakes, which run in this process."""
-    return "".join(line for line in out.splitlines(keepends=True) if not re.match(r"\d{4}-\d\d-\d\d \d\d:", line))
-
-
-def says(walbc: Cli, *args: str) -> str:
-    return results(walbc.good(*args)).removesuffix("\n")
-
 
 # The way of a volume
 
@@ -320,69 +260,6 @@ def test_shutdown(ready: FakeGroup, walbc: Cli) -> None:
     assert ("s0", c.Shutdown(how=c.ShutdownHow.FORCE)) in ready.requests
 
 
-# One server by its address
-
-
-def test_low_level_form(ready: FakeGroup, walbc: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WALBD_GROUP")
-    at_s0 = ["-a", "127.0.0.1", "-p", str(ready.s[0].port), "-id", "ctl", "-to", "5"]
-    at_a0 = ["-a", "127.0.0.1", "-p", str(ready.a[0].port)]
-    assert says(walbc, *at_s0, "get", "state", "vol0") == "Target"
-    assert says(walbc, *at_s0, "snapshot", "vol0") == "3"
-    assert says(walbc, *at_s0, "stop", "vol0") == "3"  # the number of the job
-    assert says(walbc, *at_a0, "get", "restorable", "vol0", "all").splitlines()[-1] == "3 2027-01-15T08:00:03 1"
-    assert ask_json(walbc, *at_s0, "get", "state", "vol1") == {"value": "Clear"}
-    assert "restored vol0" not in says(walbc, *at_a0, "status")
-    assert "node a0" in says(walbc, *at_a0, "status", "vol0")
-    assert "it is for: archive" in walbc.fails(*at_s0, "restore", "vol0", "1", code=2)
-    assert "-retry is only for" in walbc.fails(*at_s0, "-retry", "1", "snapshot", "vol0", code=2)
-    assert "Every server:" in says(walbc, *at_s0, "--help")
-    assert "Missing command" in walbc.fails(*at_s0, code=2)
-
-
-def test_low_level_checks_before_connecting(walbc: Cli) -> None:
-    walbc.fails("-a", "127.0.0.1", "-p", "1", "get", "state", "vol_0", code=2)
-
-
-def test_low_level_waits_for_a_job_longer_than_for_other_answers(ready: FakeGroup, walbc: Cli) -> None:
-    ready.hold("restore")
-    at_a0 = ["-a", "127.0.0.1", "-p", str(ready.a[0].port), "-to", "0.1"]
-    job = says(walbc, *at_a0, "restore", "vol0", "1")
-    assert says(walbc, *at_a0, "wait-job", job, "0.3").startswith(f"{job} running restore")
-    ready.release("restore")
-    assert says(walbc, *at_a0, "wait-job", job, "60").startswith(f"{job} done restore")
-
-
-def test_low_level_waits_for_a_hash(ready: FakeGroup, walbc: Cli) -> None:
-    at_a0 = ["-a", "127.0.0.1", "-p", str(ready.a[0].port)]
-    assert says(walbc, *at_a0, "bhash", "vol0", "2") == f"{2:032x}"
-    assert says(walbc, "on", "a0", "bhash", "vol0", "2") == f"{2:032x}"
-
-
-def test_low_level_scan(ready: FakeGroup, walbc: Cli, tmp_path: Path) -> None:
-    ready.volume("a0").image = image = bytes(4096) + b"walb" * 1024
-    at_a0 = ["-a", "127.0.0.1", "-p", str(ready.a[0].port)]
-    assert says(walbc, *at_a0, "virt-full-scan", str(tmp_path / "image"), "vol0", "2") == ""
-    assert (tmp_path / "image").read_bytes() == image
-    assert "walbc scan" in walbc.fails("on", "a0", "virt-full-scan", "x", "vol0", "2", code=2)
-
-
-def test_low_level_retries_only_questions(walbc: Cli) -> None:
-    nobody = ["-a", "127.0.0.1", "-p", "1"]
-    for words, tries in ((["get", "vol"], 3), (["-retry", "1", "get", "vol"], 2), (["snapshot", "vol0"], 1)):
-        options = [word for word in words[:2] if words[0] == "-retry"]
-        result = walbc(*nobody, *options, *words[len(options) :])
-        assert result.code == 3
-        assert result.err.count("cannot connect") == tries
-
-
-def test_low_level_with_a_group_file(ready: FakeGroup, walbc: Cli, tmp_path: Path) -> None:
-    path = tmp_path / "other.toml"
-    path.write_text('group = "other"\n' + group_toml(ready))
-    args = ["--group", str(path), "-a", "127.0.0.1", "-p", str(ready.s[0].port), "get", "vol"]
-    assert "another backup group" in walbc.fails(*args, code=5)
-
-
 # Screens
 
 
@@ -403,40 +280,6 @@ def test_status(ready: FakeGroup, walbc: Cli) -> None:
 def test_status_in_colour(ready: FakeGroup, walbc: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("walbd.cli.walbc_server.use_colour", lambda: True)
     assert says(walbc, "status").startswith("\x1b[32mok\x1b[0m  group")
-
-
-def test_info(ready: FakeGroup, walbc: Cli) -> None:
-    ready.ctl.restore(ready.a[0], "vol0", 1)
-    assert says(walbc, "info", "vol0").splitlines() == [
-        "ok  vol0: 16.0 MiB, backed up from s0",
-        "",
-        "a0: Archived, 1 diff of 4.0 KiB",
-        "    restorable from 2027-01-15T08:00:01 (gid 1) to 2027-01-15T08:00:02 (gid 2), nothing missing",
-        "    restored: 1 /images/vol0/1",
-        "GID  TIME                 KIND",
-        "  1  2027-01-15T08:00:01  implicit",
-        "  2  2027-01-15T08:00:02  explicit",
-    ]
-    ready.volume("a0").points += range(10, 40)
-    assert "the newest 20 of 32 points" in says(walbc, "info", "vol0")
-    assert len(says(walbc, "info", "vol0", "--all").splitlines()) == 38
-    about = ask_json(walbc, "info", "vol0")
-    assert about["archives"][0]["restored"] == [{"gid": 1, "path": "/images/vol0/1"}]
-    assert about["archives"][0]["lag_s"] == 0
-
-
-def test_info_when_something_is_wrong(walbc: Cli, group_file: Make) -> None:
-    with FakeGroup(archives=2) as group:
-        group_file(group, "")
-        group.ctl.init_storage(group.s[0], "vol0", "/dev/x")
-        group.ctl.full_backup(group.s[0], "vol0")
-        group.ctl.stop(group.a[0], "vol0")
-        group.kill("a1")
-        out = says(walbc, "info", "vol0")
-        assert "    warn: a0: stopped: takes no diffs - walbc start a0 vol0" in out
-        assert "a0: Stopped" in out
-        assert "nothing can be restored" in out
-        assert "a1: does not answer (Connection refused)" in out
 
 
 def test_table_of_jobs(ready: FakeGroup, walbc: Cli) -> None:
