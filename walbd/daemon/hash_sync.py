@@ -14,6 +14,7 @@ Source: docs/protocol.md, "Comparing".
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ class _Comparison:
 
     async def run(self, header: bytes) -> Differences:
         """Do it all; `header` goes before the first pack."""
-        async with _beside(self._receive()):
+        async with _beside(self._receive(), heed=True):
             sender = LiveSender(self._conn)
             await self._send_all(sender, header)
         return Differences(self._source.size_b, self._differing_b, sender.payload_b)
@@ -316,7 +317,7 @@ class _Serving:
 
     async def run(self) -> None:
         """Do it all."""
-        async with _beside(self._answer()) as tasks:
+        async with _beside(self._answer(), heed=False) as tasks:
             async with Pipeline(0) as pipeline:
                 while True:
                     message, payload = await self._conn.receive()
@@ -356,7 +357,14 @@ class _Serving:
         self._wanted_b = end_b
 
     async def _answer(self) -> None:
-        """Send the hashes of wanted ranges, in order, and fillers, until told to end."""
+        """Send the hashes of wanted ranges, in order, and fillers, until told to end.
+
+        A connection that fails here fails for whoever receives, too, and there the peer's reason may come.
+        """
+        with contextlib.suppress(ConnectError):
+            await self._answer_all()
+
+    async def _answer_all(self) -> None:
         sender = LiveSender(self._conn)
         while (wanted := await with_filler(self._conn, self._wanted.get())) is not None:
             message, hashing = wanted
@@ -388,10 +396,10 @@ async def _result(task: asyncio.Task[T]) -> T:
 
 
 @asynccontextmanager
-async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.TaskGroup]:
+async def _beside(work: Coroutine[Any, Any, None], *, heed: bool) -> AsyncIterator[asyncio.TaskGroup]:
     """Run `work` beside the body, and more in the group; the first failure ends all, and comes out alone.
 
-    When the connection fails under the body, a reason that the peer gave for that wins, if `work` receives it.
+    With `heed`: when the connection fails under the body, `work` may still receive the peer's reason; that wins.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -399,7 +407,8 @@ async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task
             try:
                 yield tasks
             except ConnectError:
-                await asyncio.wait({beside}, timeout=_LAST_WORDS_S)
+                if heed:
+                    await asyncio.wait({beside}, timeout=_LAST_WORDS_S)
                 raise
     except BaseExceptionGroup as group:
         errors = group.exceptions
