@@ -131,13 +131,10 @@ class Backup(ABC):
         self, job: Job, conn: Connection, step: Step, gid: Gid, accepted: BackupAccepted
     ) -> dict[str, Fact]:
         """Wait for one of the few places for scans; the archive is told that we are still there."""
-        slots = self._volume.shared.scan_slots
         job.begin("waiting for other scans")
-        await with_filler(conn, slots.acquire())
-        try:
+        with self._volume.shared.scan_slots.turn() as comes:
+            await with_filler(conn, comes())
             return await self._backup(job, conn, step, gid, accepted)
-        finally:
-            slots.release()
 
     async def _backup(
         self, job: Job, conn: Connection, step: Step, gid: Gid, accepted: BackupAccepted

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from walbd.daemon.tasks import Signal
 
@@ -22,7 +23,11 @@ class SpeedLimit:
 
 
 class Slots:
-    """Lets so many scans run at the same time; the others wait. Fewer slots than running scans cut none short."""
+    """Lets so many scans run at the same time; the others wait. Fewer slots than running scans cut none short.
+
+    with slots.turn() as comes:
+        await comes()
+    """
 
     def __init__(self, n_max: int) -> None:
         self._n_max = n_max
@@ -34,15 +39,23 @@ class Slots:
         self._n_max = n_max
         self._changed.set()
 
-    async def acquire(self) -> None:
-        """Wait for a slot and take it."""
-        await self._changed.wait_for(lambda: self._running < self._n_max)
-        self._running += 1
+    @contextmanager
+    def turn(self) -> Iterator[Callable[[], Coroutine[Any, Any, None]]]:
+        """Give what waits for a slot and takes it; the end of the block gives it back, however the wait ended."""
+        taken = False
 
-    def release(self) -> None:
-        """Give a slot back."""
-        self._running -= 1
-        self._changed.set()
+        async def comes() -> None:
+            nonlocal taken
+            await self._changed.wait_for(lambda: self._running < self._n_max)
+            self._running += 1
+            taken = True
+
+        try:
+            yield comes
+        finally:
+            if taken:
+                self._running -= 1
+                self._changed.set()
 
 
 class Pace:

@@ -24,7 +24,7 @@ from walbd.daemon.env import Env, Pools, ThreadPools
 from walbd.daemon.main import Shutdown, ShutdownMode, supervise
 from walbd.daemon.net import Address, Network, OsNetwork
 from walbd.daemon.server import Server
-from walbd.errors import ConnectError, DiskFailed, Refused
+from walbd.errors import ConnectError, DiskFailed, Refused, WalbError
 from walbd.ext.logpack import Stop as ScanStop
 from walbd.ext.logpack import scan
 from walbd.format.logpack import FLAG_DISCARD, FLAG_PADDING, LOG_RECORD
@@ -141,7 +141,7 @@ class FakeProxy:
     def __init__(self, name: str, pieces: list[Piece]) -> None:
         self.name = name
         self.pieces = pieces
-        self.refusal: Refused | None = None
+        self.refusal: WalbError | None = None
         self.kind = Kind.PROXY
         self.abort_after_chunks: int | None = None  # break the connection in the middle, once
         self.lose_acks = 0  # take so many pieces and break the connection instead of acknowledging

@@ -11,7 +11,7 @@ import pytest
 import walbd.storage.volume as volume_module
 from tests.kit.fake_device import FakeDevice
 from tests.kit.storage_rig import DEVICE, VOL, Piece, Rig
-from walbd.errors import Refused, RemoteError
+from walbd.errors import BadState, Busy, DiskFull, Refused, RemoteError, Stopping, WalbError
 from walbd.format.meta import LogPoint
 from walbd.protocol.base import JobState
 from walbd.protocol.control import GetStatus, Kick, StopHow, TakeSnapshot
@@ -177,7 +177,15 @@ async def test_repeated_piece_may_reach_further(tmp_path: Path) -> None:
         assert rig.archive.restore(rig.archive.latest()) == bytes(rig.device.data)
 
 
-@pytest.mark.parametrize("trouble", ["down", "refuses", "no-proxy", "dies"])
+REFUSALS: dict[str, WalbError] = {
+    "busy": Busy("too many wlogs are being received"),
+    "full disk": DiskFull("there is not enough space for the wlog"),
+    "stopping": Stopping("the volume is being stopped"),
+    "does not know the volume": BadState("not allowed in this state"),
+}
+
+
+@pytest.mark.parametrize("trouble", [*REFUSALS, "down", "no-proxy", "dies"])
 async def test_second_proxy_takes_over_and_the_first_comes_back(tmp_path: Path, trouble: str) -> None:
     rig = Rig(tmp_path / "s", n_proxies=2)
     first, second = rig.proxies
@@ -187,8 +195,8 @@ async def test_second_proxy_takes_over_and_the_first_comes_back(tmp_path: Path, 
         assert {p.proxy for p in rig.pieces} == {"p0"}
         if trouble == "down":
             await first.stop()
-        elif trouble == "refuses":
-            first.refusal = Refused("no space here")
+        elif trouble in REFUSALS:
+            first.refusal = REFUSALS[trouble]
         elif trouble == "no-proxy":
             await first.stop()
             first.kind = type(first.kind).ARCHIVE

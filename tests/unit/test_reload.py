@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -229,14 +230,24 @@ async def test_storage_follows(tmp_path: Path) -> None:
     assert server.shared.scan_limit.bytes_per_s == 5
 
     slots = server.shared.scan_slots
-    for _ in range(2):
-        await slots.acquire()
-    third = asyncio.ensure_future(slots.acquire())
-    await asyncio.sleep(0)
-    assert not third.done()
-    changes["backups_max"] = 3
-    await reloaded(server, changes)
-    await third
+    with ExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_context(slots.turn())()
+        with slots.turn() as comes:
+            third = asyncio.ensure_future(comes())
+            await asyncio.sleep(0)
+            assert not third.done()
+            changes["backups_max"] = 3
+            await reloaded(server, changes)
+            await third
+    for taken_before_it_was_cancelled in (False, True):
+        with slots.turn() as comes:
+            wait = asyncio.ensure_future(comes())
+            if taken_before_it_was_cancelled:
+                await asyncio.sleep(0)
+            wait.cancel()
+            await asyncio.wait({wait})
+    assert slots._running == 0
 
 
 def test_which_settings_need_a_restart() -> None:
