@@ -1,8 +1,8 @@
 """The archive of `tests.kit.history`, played by the product's own code on a disk in memory that forgets.
 
-Backups and wdiffs come through `receive_full_backup` and `receive_wdiff`, over connections that are only queues;
-applies, merges and restores are the real jobs. A crash is a power failure at a random operation of the disk. The
-diffs of hash backups are made here as files.
+Backups and wdiffs come through `receive_full_backup`, `receive_hash_backup` and `receive_wdiff`, over connections
+that are only queues; applies, merges and restores are the real jobs. A crash is a power failure at a random
+operation of the disk.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from walbd.archive.config import ArchiveConfig
 from walbd.archive.diffs import opened
 from walbd.archive.full_backup import receive_full_backup
 from walbd.archive.gc_diff import gc_diffs
+from walbd.archive.hash_backup import receive_hash_backup
 from walbd.archive.images.file_store import FileStore
 from walbd.archive.lifecycle import init_vol, reset_vol, stop
 from walbd.archive.merge import plan_merge, run_merge
@@ -41,19 +42,21 @@ from walbd.daemon.jobs import Job
 from walbd.daemon.states import StopMode
 from walbd.daemon.tasks import Signal
 from walbd.format.compress import CompressOpt
+from walbd.format.hashes import hash_bulks, xxh3
 from walbd.format.meta import (
     Diff,
     Relation,
     Snapshot,
     diff_name,
-    hash_backup_diff,
     hash_backup_gid,
     relation,
 )
 from walbd.format.virtual import VirtualImage
 from walbd.protocol.base import End, Kind, Ok
 from walbd.protocol.codec import Message
+from walbd.protocol.sync import HashBackupOffer, HashRun, HashWanted
 from walbd.protocol.transfer import (
+    BackupDone,
     BackupEnd,
     FullBackupOffer,
     FullChunk,
@@ -89,13 +92,23 @@ class QueueConnection:
     def __init__(self, kind: Kind, *incoming: tuple[Message, bytes]) -> None:
         self.peer = Peer("peer", kind, "queue")
         self.sent: list[Message] = []
+        self.hashes: list[bytes] = []  # sent
+        self._wanted = 0
+        self._changed = Signal()
         self._incoming = deque(incoming)
 
-    async def send(self, message: Message, *payload: object) -> None:
+    async def send(self, message: Message, *payload: bytes) -> None:
         self.sent.append(message)
+        if isinstance(message, HashRun):
+            self.hashes.append(b"".join(payload))
+            self._changed.set()
 
     async def receive(self) -> Incoming:
         message, payload = self._incoming.popleft()
+        if isinstance(message, HashWanted):
+            self._wanted += 1
+        if not isinstance(message, HashWanted):  # the peer goes on when it has the hashes
+            await self._changed.wait_for(lambda: len(self.hashes) >= self._wanted)
         return Incoming(message, memoryview(payload))
 
     async def expect(self, cls: type[Any]) -> Any:
@@ -252,14 +265,27 @@ class RealArchive:
         self._learn(self.latest, uuid)
         return "accept"
 
-    def take_hash_backup(self, diff: Diff, blocks: dict[int, bytes | str], uuid: bytes) -> None:
-        """Store the diff of a hash backup."""
-        data = make_wdiff(blocks, uuid)
-        with self.fs.temp_file(self.volume.directory) as file:
-            file.pwrite(data, 0)
-            file.commit(self.volume.directory / diff_name(diff))
-        self.volume.add_diff(diff)
-        self._run(self.volume.save(uuid=uuid.hex()))
+    def take_hash_backup(
+        self, theirs: bytes, blocks: dict[int, bytes | str], uuid: bytes, taken: Snapshot, started: int
+    ) -> None:
+        """Take a hash backup from a storage that compared with `theirs`, and found that `blocks` differ."""
+        size_b, seed = SIZE_LB * LB, self._rng.getrandbits(64)
+        conn = QueueConnection(
+            Kind.STORAGE,
+            (LogReset(uuid=uuid), b""),
+            (HashWanted(offset_b=0, size_b=size_b // 2), b""),
+            (HashWanted(offset_b=size_b // 2, size_b=size_b - size_b // 2), b""),
+            (WdiffChunk(), make_wdiff(blocks, uuid, LZ4)),
+            (End(), b""),
+            (BackupEnd(snapshot=taken), b""),
+        )
+        offer = HashBackupOffer(volume=VOL, size_lb=SIZE_LB, started=started, bulk_b=LB, seed=seed)
+
+        def work() -> Coroutine[Any, Any, BackupDone]:
+            return receive_hash_backup(self.volume, Slots(1), conn, offer)  # type: ignore[arg-type]
+
+        self._risky(work, 0.3)
+        assert b"".join(conn.hashes) == hash_bulks(xxh3, theirs, LB, seed)
         self.acked = self.latest.gid_b
 
     def _learn(self, after: Snapshot, uuid: bytes) -> None:
@@ -418,9 +444,18 @@ class RealHistory(History):
         if copy is None:
             return
         gid_end = self.storage.snapshot(self.now, explicit=True)
-        diff = hash_backup_diff(latest, Snapshot(gid_begin, gid_end), started)
         blocks: dict[int, bytes | str] = {block: data for block, data in enumerate(copy) if data is not None}
-        real.take_hash_backup(diff, blocks, self.storage.uuid)
+        taken = Snapshot(gid_begin, gid_end)
+        try:
+            real.take_hash_backup(theirs, blocks, self.storage.uuid, taken, started)
+        except Crashed:  # the storage does not know whether the archive has it, and begins no history
+            self.storage.is_active = False
+            real.restart()
+            assert real.latest in (latest, taken)
+            real.events["crash in a hash backup"] += 1
+            real.events["hash backup without an answer"] += real.latest == taken
+            return
+        assert real.latest == taken
         real.events["hash backup"] += 1
         if latest.is_clean:
             real.protected.add(latest.gid_b)

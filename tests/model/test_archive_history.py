@@ -30,3 +30,4 @@ def test_restored_by_a_real_archive(first: int) -> None:
         seen += live(seed)
     assert seen["restart"] > 5
     assert seen["merge"] > 0
+    assert seen["hash backup"] > 0
