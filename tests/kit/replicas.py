@@ -97,9 +97,9 @@ class Group:
             directory = base / f"a{number}"
             if fs is None:
                 directory.mkdir()
-            self.archives.append(
-                ArchiveRig(directory, fs=fs[number] if fs else None, node_id=f"a{number}", **settings)
-            )
+            rig = ArchiveRig(directory, fs=fs[number] if fs else None, node_id=f"a{number}", **settings)
+            rig.env.rng.seed(number)  # each draws uuids of its own
+            self.archives.append(rig)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -120,11 +120,15 @@ class Group:
     def volume(self, number: int) -> Volume:
         return self.archives[number].volume(VOL)
 
-    async def feed(self, number: int = 0, *, dirty: int = 0, seed: int = 1, size_lb: int = 64) -> TwoFeeds:
+    async def feed(
+        self, number: int = 0, *, dirty: int = 0, seed: int = 1, size_lb: int = 64, image: bytes = b""
+    ) -> TwoFeeds:
         """Make the volume known, and back it up."""
         feed = TwoFeeds(self[number], seed=seed, size_lb=size_lb)
         await feed.init()
-        feed.scribble()
+        feed.image[: len(image)] = image
+        if not image:
+            feed.scribble()
         await feed.full_backup(dirty=dirty)
         return feed
 
