@@ -20,7 +20,7 @@ from tests.kit.storage_rig import DEVICE, VOL, Rig
 from tests.kit.virtual import InlinePools, LoopClock, run
 from walbd.errors import Refused
 from walbd.protocol.base import JobState
-from walbd.protocol.control import Kick, SetFullScanBps, TakeSnapshot
+from walbd.protocol.control import GetStatus, Kick, SetFullScanBps, TakeSnapshot
 from walbd.units import LB, MIB
 
 REAL_DELAYS: dict[str, Any] = {
@@ -248,3 +248,28 @@ def test_a_slow_scan_keeps_its_connection(tmp_path: Path, zero: bool) -> None:
             assert bytes(rig.archive.bases[VOL].image) == bytes(device.data)
 
     run(main())
+
+
+def test_age_of_undelivered_log_is_exact(tmp_path: Path) -> None:
+    """After hours without a write, log that was written a second ago is a second old."""
+
+    async def scenario(rig: Rig, _net: MemNetwork) -> None:
+        async def waiting_since() -> int:
+            return (await rig.call(GetStatus())).volumes[0].waiting_since
+
+        assert await waiting_since() == 0
+        await asyncio.sleep(5 * 3600)
+        rig.proxy.refusal = Refused("no")
+        written = rig.clock.now()
+        rig.device.scribble(1)
+        await asyncio.sleep(100)
+        rig.device.scribble(1)
+        assert await waiting_since() == written
+        await rig.restart()
+        await asyncio.sleep(1000)
+        assert 0 <= await waiting_since() - written <= 1  # the snapshot that waits tells
+        rig.proxy.refusal = None
+        await asyncio.sleep(31)
+        assert await waiting_since() == 0
+
+    play(tmp_path, scenario)
