@@ -23,7 +23,7 @@ class SharingFileSystem(OsFileSystem):
         self.clones = 0
 
     def clone(self, source: Path, target: File) -> bool:
-        target.pwrite(source.read_bytes(), 0)
+        target.pwrite(self.read_bytes(source), 0)
         self.clones += 1
         return True
 
@@ -164,6 +164,45 @@ def test_stale_unfinished_clone_is_replaced(base: Path) -> None:
     (base / VOL / "restored").mkdir()
     (base / VOL / "restored" / "tmp_1.img").write_bytes(b"old" * MIB)
     assert clone(store, 1)[:3] == b"new"
+
+
+def test_cold_images_where_blocks_are_shared(base: Path) -> None:
+    store = FileStore(SharingFileSystem(), base)
+    make_base(store, MIB, (0, b"base"))
+    assert not store.make_cold(VOL, 3)  # nothing was cloned yet, so nobody knows
+    with store.clone_base(VOL, 3, lambda _: None) as file:
+        file.pwrite(b"cold", 0)
+        file.sync()
+    assert store.make_cold(VOL, 3)
+    with store.clone_base(VOL, 3, lambda _: None):
+        store.abandon_clone(VOL, 3)
+    assert store.colds(VOL) == [3]
+    assert store.restored(VOL) == []
+    with store.open_cold(VOL, 3) as file:
+        assert file.pread(4, 0) == b"cold"
+    store.grow_base(VOL, 2 * MIB)
+    with store.clone_base(VOL, 4, lambda _: None, cold=3) as file:
+        assert file.pread(3 * MIB, 0) == b"cold" + bytes(2 * MIB - 4)
+    with pytest.raises(NotFound):
+        store.open_cold(VOL, 4)
+    with pytest.raises(NotFound):
+        store.clone_base(VOL, 5, lambda _: None, cold=4)
+    (base / VOL / "cold" / "tmp_x").write_bytes(b"")
+    (base / VOL / "cold" / "note.txt").write_bytes(b"")
+    store.remove_unfinished(VOL)
+    assert sorted(os.listdir(base / VOL / "cold")) == ["3.img", "note.txt"]
+    store.remove_cold(VOL, 3)
+    store.remove_cold(VOL, 3)
+    assert store.colds(VOL) == []
+
+
+def test_no_cold_images_where_they_would_be_copies(base: Path) -> None:
+    store = FileStore(CopyingFileSystem(), base)
+    make_base(store, MIB)
+    with store.clone_base(VOL, 3, lambda _: None):
+        assert not store.make_cold(VOL, 3)
+    assert store.colds(VOL) == []
+    assert not (base / VOL / "cold").exists()
 
 
 def test_leftovers_and_strangers(base: Path) -> None:

@@ -15,7 +15,9 @@ from walbd.archive.states import ACTIONS, TABLE, Command, State
 from walbd.archive.volume import Volume
 from walbd.daemon.states import Machine, Step, StopMode
 from walbd.errors import BadState, Busy, CorruptData, RemoteError, Stopping
+from walbd.format.meta import BaseState, Snapshot
 from walbd.protocol import control as c
+from walbd.protocol import maintenance as m
 from walbd.protocol.codec import Request
 from walbd.protocol.transfer import FullBackupOffer
 
@@ -47,8 +49,8 @@ full-backup         | SyncReady                          | all                  
 hash-backup         | Archived                           | Merge Apply Restore ReplSyncAsClient Resize     | yes
 wdiff-transfer      | Archived                           |                                                 | yes
 replicate-full      | SyncReady                          | all                                             | yes
-replicate-resync    | SyncReady                          | all                                             | yes
-replicate-round     | Archived                           | Merge Apply Restore ReplSyncAsClient Resize     | yes
+replicate-resync    | SyncReady Archived                 | all                                             | yes
+replicate-round     | Archived                           |                                                 | yes
 get-num-action      | SyncReady Archived Stopped passing |                                                 | no
 get-restored        | active Stopped                     |                                                 | no
 get-restorable      | active                             |                                                 | yes
@@ -61,7 +63,7 @@ TRANSITIONS = """
 Clear InitVol SyncReady; SyncReady ClearVol Clear; Stopped ClearVol Clear; Broken ClearVol Clear;
 SyncReady ResetVol SyncReady; Stopped ResetVol SyncReady; SyncReady FullSync Archived; SyncReady Resync Archived;
 Archived HashSync Archived; Archived WdiffRecv Archived; Archived ReplSyncAsServer Archived; Archived Stop Stopped;
-Stopped Start Archived; Stopped Repair Stopped
+Stopped Start Archived; Stopped Repair Stopped; Archived Resync Archived
 """
 
 
@@ -171,6 +173,18 @@ def requests(volume: str) -> dict[Command, Request[Any]]:
         Command.RESTORE: c.Restore(volume=volume, gid=2),
         Command.DEL_RESTORED: c.DelRestored(volume=volume, gid=1),
         Command.APPLY: c.Apply(volume=volume, gid=2),
+        Command.MERGE: m.Merge(volume=volume, gid_b=0, gid_e=2),
+        Command.RESIZE: c.Resize(volume=volume, size_b=1 << 20),
+        Command.ENABLE_SNAPSHOT: m.EnableSnapshot(volume=volume, gids=[1]),
+        Command.DISABLE_SNAPSHOT: m.DisableSnapshot(volume=volume, gids=[1]),
+        Command.DEL_COLD: m.DelCold(volume=volume, gid=1),
+        Command.BHASH: m.BlockHash(volume=volume, gid=2),
+        Command.VIRT_FULL_SCAN: m.VirtFullScan(volume=volume, gid=2),
+        Command.SCRUB: m.Scrub(volume=volume),
+        Command.DBG_RELOAD_METADATA: m.DbgReloadMetadata(volume=volume),
+        Command.DBG_SET_UUID: m.DbgSetUuid(volume=volume, uuid=b"u" * 16),
+        Command.DBG_SET_STATE: m.DbgSetState(volume=volume, state="Stopped"),
+        Command.DBG_SET_BASE: m.DbgSetBase(volume=volume, base=BaseState(Snapshot.clean(1))),
         Command.GC_DIFF: c.GcDiff(volume=volume),
         Command.FULL_BACKUP: FullBackupOffer(volume=volume, size_lb=64, started=1, bulk_b=4096),
         Command.GET_ACTIONS: c.GetNumAction(volume=volume, action="Apply"),

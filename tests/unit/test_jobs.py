@@ -77,3 +77,25 @@ async def test_history_is_bounded_and_keeps_running_jobs() -> None:
         assert len(jobs.of()) <= 1000
         assert jobs.get(first.number).running
         proceed.set()
+
+
+async def test_work_done_within_a_conversation_is_a_job_too() -> None:
+    jobs = Jobs(SystemClock())
+
+    async def work(job: Job) -> dict[str, Fact]:
+        assert [other.number for other in jobs.of("v")] == [job.number]
+        return {"n": 1}
+
+    async def refuse(_job: Job) -> None:
+        raise BadState("no", volume="v")
+
+    async def crash(_job: Job) -> None:
+        raise KeyError("secret")
+
+    await jobs.within("scan", "v", work)
+    with pytest.raises(BadState, match="no"):
+        await jobs.within("scan", "v", refuse)
+    with pytest.raises(KeyError):
+        await jobs.within("scan", "v", crash)
+    assert [job.info().state for job in jobs.of("v")] == [JobState.DONE, JobState.FAILED, JobState.FAILED]
+    assert [job.info().error_code for job in jobs.of("v")] == ["", "bad-state", "internal"]
