@@ -64,6 +64,14 @@ class Rig:
         self.points = {}
         group.ctl.full_backup(group.s[0], "vol0", timeoutS=WAIT_S)
 
+    def hash_backup(self) -> None:
+        """Continue the history by comparing; the restore points from before stay."""
+        group = self.group
+        if group.ctl.get_state(group.s[0], "vol0") == "Target":
+            group.ctl.stop(group.s[0], "vol0")
+        self.volume.scribble(5)
+        group.ctl.hash_backup(group.s[0], "vol0", timeoutS=WAIT_S)
+
     def write(self) -> None:
         self.volume.scribble()
         self.converge()
@@ -239,6 +247,7 @@ WORK: list[tuple[str, Callable[[Rig], None]]] = [
     ("proxy.volume.*", Rig.life),
     ("proxy.*", Rig.write),
     ("archive.full.*", Rig.full_backup),
+    ("archive.hash.*", Rig.hash_backup),
     ("archive.clear.*", Rig.life),
     ("archive.init.*", Rig.life),
     ("archive.restore.*", Rig.restore),
