@@ -28,8 +28,16 @@ from tests.kit.group import WAIT_S, Group, Process, wait_until
 from tests.kit.nbd import NbdError
 from walbd.errors import WalbError
 from walbd.fs import failpoints
-from walbd.protocol.control import AddArchiveInfo, ArchiveInfo, DeleteArchiveInfo, GetStatus, VolumeStatus
-from walbd.protocol.maintenance import Retarget
+from walbd.protocol.control import (
+    AddArchiveInfo,
+    ArchiveInfo,
+    DeleteArchiveInfo,
+    GetApplicableDiff,
+    GetStatus,
+    Resize,
+    VolumeStatus,
+)
+from walbd.protocol.maintenance import DisableSnapshot, EnableSnapshot, Retarget
 
 Failure = (WalbError, NbdError, OSError, AssertionError)
 OWNERS = {"storage": "s0", "proxy": "p0", "archive": "a0", "device": "dev-vol0"}
@@ -96,6 +104,22 @@ class Rig:
         gid = max(self.points)
         self.group.ctl.apply(self.group.a[0], "vol0", gid, timeoutS=WAIT_S)
 
+    def merge(self) -> None:
+        """Give up one of two new snapshots, protect and give up the same again, and merge over it."""
+        group, a0 = self.group, self.group.a[0]
+        gids = []
+        for _ in range(3):
+            self.snapshot()
+            gids.append(max(self.points))
+            self.converge()
+        del self.points[gids[1]]
+        known = [diff.begin.gid_b for diff in group.ctl.ask(a0, GetApplicableDiff(volume="vol0")).diffs]
+        inner = [int(gid) for gid in known if gids[0] < gid < gids[2]]
+        group.ctl.ask(a0, DisableSnapshot(volume="vol0", gids=inner))
+        group.ctl.ask(a0, EnableSnapshot(volume="vol0", gids=inner))
+        group.ctl.ask(a0, DisableSnapshot(volume="vol0", gids=inner))
+        group.ctl.merge(a0, "vol0", gids[0], gids[2], timeoutS=WAIT_S)
+
     def feed(self) -> None:
         """Take the archive from the proxy and give it back: what was unsent is lost, so all is sent first."""
         group = self.group
@@ -138,6 +162,7 @@ class Rig:
         gid = group.ctl.full_backup(s0, "vol1", timeoutS=WAIT_S)
         assert gid is not None
         assert group.restored(volume, gid) == volume.model
+        group.ctl.ask(a0, Resize(volume="vol1", size_b=2 << 20))
         for server in (s0, p0, a0):
             group.ctl.clear(server, "vol1")
         self.lives += 1
@@ -253,12 +278,21 @@ WORK: list[tuple[str, Callable[[Rig], None]]] = [
     ("archive.restore.*", Rig.restore),
     ("archive.apply.*", Rig.apply),
     ("archive.record.*", Rig.apply),
+    ("archive.merge.*", Rig.merge),
+    ("archive.snapshot.*", Rig.merge),
+    ("archive.resize.*", Rig.life),
     ("archive.*", Rig.write),
     ("device.reset.*", Rig.full_backup),
     ("device.*", Rig.erase),
     ("fs.*", Rig.snapshot),
 ]
-DAEMON_POINTS = [name for name in registered() if name.split(".")[0] in ("storage", "proxy", "archive")]
+# Cold images need a disk that shares blocks: tests/scenario/test_archive_crash.py has one.
+COLD_POINTS = [name for name in registered() if name.startswith("archive.cold.")]
+DAEMON_POINTS = [
+    name
+    for name in registered()
+    if name.split(".")[0] in ("storage", "proxy", "archive") and name not in COLD_POINTS
+]
 COMMIT_POINTS = [(name, owner) for name in registered() if name.startswith("fs.") for owner in ("s0", "p0", "a0")]
 DEVICE_POINTS = [name for name in registered() if name.startswith("device.")]
 # These are reached by something else than the work of a group: see their own tests.
@@ -288,7 +322,7 @@ def kill_at(rig: Rig, process: Process, name: str) -> None:
 
 
 def test_every_failpoint_has_a_test() -> None:
-    tested = {*DAEMON_POINTS, *(name for name, _ in COMMIT_POINTS), *DEVICE_POINTS}
+    tested = {*DAEMON_POINTS, *COLD_POINTS, *(name for name, _ in COMMIT_POINTS), *DEVICE_POINTS}
     assert set(registered()) == tested
     assert set(OWN_TESTS) < set(DEVICE_POINTS)
     assert len(tested) > 60
