@@ -301,7 +301,7 @@ class StorageReplacement(Replacement):
         """After a backup only the primary archive is fed."""
         source, dest = case.o.seen[case.primary].server, case.o.seen[name].server
         return Move(
-            f"walbc replicate {vol} {name} --archive {source.name} --synchronize",
+            f"walbc replicate {vol} {name} --from {source.name} --sync",
             lambda: len(self._feeders(name, vol)) == len(self.ctl.sLayout.proxyL),
             lambda: self.ctl.replicate(source, vol, dest, True),
         )
@@ -433,7 +433,7 @@ class ArchiveReplacement(Replacement):
     def _copy(self, vol: str, case: Case) -> Move:
         source, dest = self._source(vol, case), self.new
         wanted = self._is_wanted(case)
-        text = f"walbc replicate {vol} {dest.name} --archive {source.name}" + (" --synchronize" if wanted else "")
+        text = f"walbc replicate {vol} {dest.name} --from {source.name}" + (" --sync" if wanted else "")
         at_old = case.archives.get(self.old.name)
         goal = at_old.latest_gid if at_old is not None else 0
 

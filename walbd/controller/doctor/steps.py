@@ -92,7 +92,7 @@ def _at_storage(name: str, *more: str) -> Callable[[Args], str]:
 
 
 def _resize(a: Args) -> str:
-    return f"walbc resize-archive {_names(a[0])} {a[1]} {a[2]}m{' --zero-clear' if a[3] else ''}"
+    return f"walbc resize {a[1]} {a[2]}m --at {_names(a[0])}{' --zero' if a[3] else ''}"
 
 
 def _replicate(a: Args) -> str:
@@ -102,9 +102,9 @@ def _replicate(a: Args) -> str:
         "walbc replicate",
         a[1],
         _names(a[2]),
-        "--archive",
+        "--from",
         _names(a[0]),
-        "--synchronize" if synchronizing else "",
+        "--sync" if synchronizing else "",
         "--resync" if resync else "",
     )
 
@@ -128,7 +128,7 @@ _COMMANDS: Final[Mapping[str, Callable[[Args], str]]] = {
     "kick_proxy": lambda a: f"walbc kick-proxy {a[0]} --archive {_names(a[1])}",
     "resize_archive": _resize,
     "apply": lambda a: f"walbc apply {a[1]} {a[2]} --archive {_names(a[0])}",
-    "synchronize": lambda a: f"walbc synchronize {a[1]} {_names(a[2])} --archive {_names(a[0])}",
+    "synchronize": lambda a: f"walbc synchronize {a[1]} {_names(a[2])} --from {_names(a[0])}",
     "replicate": _replicate,
     "retarget": lambda a: _words(
         "walbc retarget", _names(a[0]), *(["--archive", _names(a[1])] if len(a) > 1 else [])

@@ -1,0 +1,749 @@
+"""The doctor's judgement on observations made by hand: every code, and silence where nothing is wrong."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import pytest
+
+from walbd.cli.walbc import root
+from walbd.cli.walbc_doctor import found_lines
+from walbd.controller.controller import Controller
+from walbd.controller.doctor import CODES, Consent, Finding, Observation, Seen, Step, diagnose
+from walbd.controller.doctor.case import find_missing
+from walbd.controller.doctor.diagnose import confirmed, intents_of
+from walbd.controller.doctor.mend import Allowed
+from walbd.controller.doctor.steps import METHODS, Ref
+from walbd.controller.layout import GroupLayout, parse_layout
+from walbd.controller.overview import Word
+from walbd.errors import ConnectError, Refused, WalbError
+from walbd.format.meta import Diff, Snapshot
+from walbd.ids import Gid
+from walbd.protocol.base import JobInfo, JobState, Kind
+from walbd.protocol.control import HopStatus, ProxyHealth, StatusReply, VolumeStatus
+
+NOW = 1_800_000_000
+UUID, OTHER_UUID, LINEAGE, OTHER_LINEAGE = ("a" * 32, "b" * 32, "c" * 32, "d" * 32)
+DOC = (Path(__file__).parents[2] / "docs" / "recovery.md").read_text()
+
+
+def group_file(
+    *, storages: int = 2, proxies: int = 2, archives: int = 2, volume: str = 'devices = { s0 = "/dev/x" }'
+) -> GroupLayout:
+    text = ""
+    for kind, n, port in (("storage", storages, 100), ("proxy", proxies, 200), ("archive", archives, 300)):
+        for i in range(n):
+            text += f'[[{kind}]]\nname = "{kind[0]}{i}"\nhost = "127.0.0.1"\nport = {port + i}\n'
+    return parse_layout(f"{text}[volumes.vol0]\n{volume}\n", Path("group.toml"))
+
+
+def diff(begin: int, end: int) -> Diff:
+    return Diff(Snapshot.clean(Gid(begin)), Snapshot.clean(Gid(end)))
+
+
+class Scene:
+    """A healthy group (s0 target, s1 standby, p0 and p1 feed a0 and a1), to be damaged."""
+
+    def __init__(self, group: GroupLayout | None = None) -> None:
+        self.group = group or group_file(
+            volume='target = "s0"\ndevices = { s0 = "/dev/x" }\narchives = ["a0", "a1"]'
+        )
+        self.status: dict[str, StatusReply] = {}
+        self.error: dict[str, WalbError] = {}
+        self.jobs: dict[str, list[JobInfo]] = {}
+        self.unsent: dict[tuple[str, str, str], tuple[Diff, ...]] = {}
+        layout = self.group.servers
+        for s in layout.get_all():
+            kind = (Kind.STORAGE, Kind.PROXY, Kind.ARCHIVE)[s.kind]
+            server: dict[str, Any] = {"base_dir": "/base", "free_b": 1 << 40, "free_reserve_b": 1 << 30}
+            proxies = []
+            if kind is Kind.STORAGE:
+                server = {"archive": layout.archiveL[0].get_host_port()}
+                proxies = [
+                    ProxyHealth(address=p.get_host_port(), available=True, next_check_s=1) for p in layout.proxyL
+                ]
+            self.status[s.name] = StatusReply(
+                node=s.name,
+                kind=kind,
+                version="0.1.0",
+                pid=1,
+                now=NOW,
+                server=server,
+                proxies=proxies,
+                volumes=[self.healthy(s.name)],
+            )
+
+    def healthy(self, name: str) -> VolumeStatus:
+        if name[0] == "p":
+            hops = [
+                HopStatus(
+                    dest=a.name, address=a.get_host_port(), sending=False, diffs=0, size_b=0, gid_b=0, gid_e=0,
+                    oldest=0, last_sent=NOW, error=False,
+                )
+                for a in self.group.servers.archiveL
+            ]  # fmt: skip
+            return VolumeStatus(volume="vol0", state="Started", hops=hops)
+        if name[0] == "a":
+            return VolumeStatus(
+                volume="vol0", state="Archived", uuid=UUID, archive_uuid=LINEAGE, latest_gid=10, restorable=5,
+                base="<|3|>-20260101000000", size_lb=1 << 15,
+            )  # fmt: skip
+        return VolumeStatus(
+            volume="vol0", state="Target" if name == "s0" else "Standby", uuid=UUID, log_uuid=UUID, done_gid=10,
+            latest_gid=10, size_lb=1 << 15, device="/dev/x", log_usage_pb=10, log_capacity_pb=1000, pbs=4096,
+        )  # fmt: skip
+
+    def part(self, server: str, **changes: Any) -> Scene:
+        """Change what a server says of the volume."""
+        (v,) = self.status[server].volumes
+        return self.server(server, volumes=[msgspec.structs.replace(v, **changes)])
+
+    def hop(self, proxy: str, archive: str, **changes: Any) -> Scene:
+        """Change what a proxy says of one archive."""
+        (v,) = self.status[proxy].volumes
+        return self.part(
+            proxy, hops=[msgspec.structs.replace(h, **changes) if h.dest == archive else h for h in v.hops]
+        )
+
+    def server(self, name: str, **changes: Any) -> Scene:
+        """Change what a server says of itself."""
+        fields = {f: getattr(self.status[name], f) for f in StatusReply.__dataclass_fields__}
+        self.status[name] = StatusReply(**(fields | changes))
+        return self
+
+    def forget(self, *servers: str) -> Scene:
+        """Make servers know nothing."""
+        for name in servers:
+            self.server(name, volumes=[])
+        return self
+
+    def dead(self, *servers: str, error: WalbError | None = None) -> Scene:
+        for name in servers:
+            self.error[name] = error or ConnectError("cannot connect", reason="Connection refused")
+        return self
+
+    def waits(self, proxy: str, archive: str, *diffs: Diff) -> Scene:
+        """Let diffs wait at a proxy."""
+        self.unsent[proxy, "vol0", archive] = diffs
+        self.unsent.setdefault((proxy, "vol0", ""), ())
+        (v,) = self.status[proxy].volumes
+        for hop in v.hops:
+            self.unsent.setdefault((proxy, "vol0", hop.dest), ())
+        self.part(proxy, diffs=len(diffs))
+        return self.hop(proxy, archive, diffs=len(diffs), size_b=4096 * len(diffs), oldest=NOW - 5)
+
+    def observe(self, before: Observation | None = None, *, taken_s: float = 0.0) -> Observation:
+        seen = {
+            s.name: Seen(server=s, error=self.error[s.name])
+            if s.name in self.error
+            else Seen(server=s, status=self.status[s.name], jobs=tuple(self.jobs.get(s.name, ())))
+            for s in self.group.servers.get_all()
+        }
+        return Observation(
+            group=self.group, seen=seen, unsent=dict(self.unsent), now=NOW, taken_s=taken_s, before=before
+        )
+
+    def look(self, **more: Any) -> list[Finding]:
+        """Look twice at the same thing."""
+        o = self.observe()
+        found = confirmed(diagnose(self.observe(o, taken_s=2.0), **more), diagnose(o, **more))
+        for step in (step for f in found for step in f.steps):
+            assert step.method in METHODS
+            if step.method != "promote_archive":  # the group file is changed, not a server
+                parse(shlex.split(step.command))
+        return found
+
+    def only(self, code: str, **more: Any) -> Finding:
+        """Look, and require exactly one finding."""
+        found = self.look(**more)
+        assert [f.code for f in found] == [code], found_lines(found)
+        return found[0]
+
+    def codes(self) -> list[str]:
+        return [f.code for f in self.look()]
+
+
+def calls(finding: Finding) -> list[str]:
+    return [step.python.removeprefix("walbc.") for step in finding.steps]
+
+
+# Nothing is wrong
+
+
+def test_a_healthy_group_gives_no_finding() -> None:
+    assert Scene().look() == []
+
+
+def test_what_is_on_its_way_is_no_finding() -> None:
+    scene = Scene().part("a0", latest_gid=7).waits("p0", "a0", diff(6, 8)).waits("p1", "a0", diff(8, 10))
+    assert scene.look() == []
+
+
+def test_intents_are_inferred_and_said_to_be() -> None:
+    scene = Scene(group_file(volume=""))
+    intent = intents_of(scene.observe())["vol0"]
+    assert (intent.target, intent.archives) == ("s0", ("a0", "a1"))
+    assert not intent.target_said
+    assert not intent.archives_said
+    assert scene.look() == []
+
+
+def test_an_unknown_volume_gives_nothing() -> None:
+    assert Scene().look(vol="other") == []
+
+
+# Servers
+
+
+@pytest.mark.parametrize(
+    ("server", "code"), [("s1", "storage-down"), ("p0", "proxy-down"), ("a1", "archive-down")]
+)
+def test_a_server_is_down(server: str, code: str) -> None:
+    finding = Scene().dead(server).only(code)
+    assert finding.word is Word.DOWN
+    assert not finding.steps
+    assert "systemctl restart" in finding.by_hand
+
+
+def test_the_target_is_down() -> None:
+    Scene().dead("s0").only("storage-down")
+
+
+def test_all_proxies_are_down_and_how_long_that_may_last() -> None:
+    scene = Scene().dead("p0", "p1")
+    first = scene.observe()
+    again = scene.part("s0", log_usage_pb=110).observe(first, taken_s=10.0)
+    found = {f.code: f for f in diagnose(again)}
+    assert "all-proxies-down" in found
+    assert "overflows: 89 s" in found["all-proxies-down"].text  # 890 blocks left, 10 more each second
+
+
+def test_an_archive_that_is_down_with_diffs_that_wait() -> None:
+    scene = Scene().dead("a1").waits("p0", "a1", diff(8, 9), diff(9, 10))
+    finding = scene.only("archive-down")
+    assert finding.evidence["waiting_diffs"] == 2
+    assert finding.evidence["oldest_waits_s"] == 5
+
+
+def test_another_server_answers() -> None:
+    Scene().dead("a1", error=Refused("another kind of server answers", hint="correct it")).only("wrong-server")
+    Scene().server("a1", node="a7").only("wrong-server")
+
+
+def test_versions_clocks_disks_errors() -> None:
+    Scene().server("p0", version="0.2.0").only("version-mismatch")
+    assert Scene().server("p0", now=NOW - 100).only("clock-skew").evidence["off_by_s"] == -100
+    full = Scene().server("p0", server={"free_b": 5, "free_reserve_b": 10}).only("disk-full")
+    assert full.word is Word.ERROR
+    soon = Scene().server("a0", server={"free_b": 25, "free_reserve_b": 10}).only("disk-full")
+    assert soon.word is Word.WARN
+    assert Scene().server("a0", server={"disk_error": "no such directory"}).only("disk-full").word is Word.ERROR
+    Scene().server("a0", errors=["something"]).only("server-error")
+
+
+def test_a_disk_that_will_be_full_within_a_day() -> None:
+    scene = Scene().server("p0", server={"free_b": 50, "free_reserve_b": 10})
+    first = scene.observe()
+    again = scene.server("p0", server={"free_b": 46, "free_reserve_b": 10}).observe(first, taken_s=2.0)
+    (finding,) = diagnose(again)
+    assert finding.evidence["full_in"] == "18 s"
+
+
+# Who talks to whom
+
+
+def test_a_storage_uses_another_primary_archive() -> None:
+    finding = Scene().server("s0", server={"archive": "127.0.0.1:301"}).only("wrong-primary")
+    assert calls(finding) == ["retarget(s0, a0)"]
+    finding = Scene().server("s0", server={"archive": "elsewhere:1"}).only("wrong-primary")
+    assert calls(finding) == ["retarget(s0, a0)"]
+
+
+def test_the_group_file_is_behind_a_promotion() -> None:
+    scene = Scene().forget("a0")
+    for s in ("s0", "s1"):
+        scene.server(s, server={"archive": "127.0.0.1:301"})
+    found = {f.code: f for f in scene.look()}
+    assert calls(found["wrong-primary"]) == ["promote_archive(a1)"]
+
+
+def test_two_ways_to_write_one_address_are_one() -> None:
+    scene = Scene().server("s0", server={"archive": "archive.example:300"})
+    o = scene.observe()
+    same = {a: frozenset({"10.0.0.3 300"}) for a in ("archive.example:300", "127.0.0.1:300")}
+    o = Observation(group=o.group, seen=o.seen, now=NOW, same=same)
+    assert diagnose(o) == []
+
+
+def test_a_storage_uses_other_proxies() -> None:
+    health = ProxyHealth(address="127.0.0.1:200", available=True, next_check_s=1)
+    assert calls(Scene().server("s0", proxies=[health]).only("wrong-proxies")) == ["retarget(s0)"]
+    extra = ProxyHealth(address="127.0.0.1:299", available=True, next_check_s=1)
+    health1 = ProxyHealth(address="127.0.0.1:201", available=True, next_check_s=1)
+    found = Scene().server("s0", proxies=[health, health1, extra]).only("wrong-proxies")
+    assert "127.0.0.1:299" in found.text
+
+
+def test_a_storage_cannot_reach_a_proxy_that_lives() -> None:
+    lost = ProxyHealth(address="127.0.0.1:200", available=False, next_check_s=1, error="no route")
+    other = ProxyHealth(address="127.0.0.1:201", available=True, next_check_s=1)
+    Scene().server("s0", proxies=[lost, other]).only("proxy-unreachable")
+
+
+def test_a_proxy_sends_to_a_wrong_address() -> None:
+    finding = Scene().hop("p0", "a1", address="127.0.0.1:999").only("wrong-archive-address")
+    assert calls(finding) == ["add_archive_to_proxy(p0, 'vol0', a1)"]
+
+
+# What is stopped
+
+
+def test_stopped_parts_are_started() -> None:
+    finding = Scene().part("p0", state="Stopped").only("proxy-stopped")
+    assert calls(finding) == ["start(p0, 'vol0')", "kick_storage_all()"]
+    assert finding.consent is Consent.NONE
+    assert calls(Scene().part("a0", state="Stopped").only("archive-stopped"))[0] == "start(a0, 'vol0')"
+    assert calls(Scene().part("s0", state="Stopped").only("storage-stopped")) == ["start(s0, 'vol0')"]
+
+
+def test_an_image_that_is_smaller_than_the_volume_grows() -> None:
+    scene = Scene().part("s0", size_lb=(1 << 15) + 1).hop("p0", "a0", error=True, error_text="smaller-lv-size")
+    scene.part("a1", size_lb=1 << 16)
+    finding = scene.only("archive-smaller")
+    assert calls(finding)[0] == "resize_archive(a0, 'vol0', 17, True)"
+    assert finding.steps[0].command == "walbc resize vol0 17m --at a0 --zero"
+
+
+def test_an_apply_that_was_cut_off_is_done_again() -> None:
+    finding = Scene().part("a1", base="<|3|-->|7|>-20260101000000").only("apply-interrupted")
+    assert calls(finding) == ["apply(a1, 'vol0', 7)"]
+    busy = Scene().part("a1", base="<|3|-->|7|>-20260101000000", actions={"Apply": 1})
+    assert busy.look() == []
+
+
+def test_an_archive_refuses_for_another_reason() -> None:
+    finding = Scene().hop("p0", "a1", error=True, error_text="wrong-archive: x").only("send-error")
+    assert calls(finding) == ["kick_proxy('vol0', a1)"]
+
+
+# Proxies
+
+
+def test_a_proxy_has_lost_a_volume_and_nothing_is_missing() -> None:
+    finding = Scene().forget("p0").only("proxy-data-lost")
+    assert "no backup is needed" in finding.text
+    assert finding.consent is Consent.NONE
+    assert calls(finding) == ["copy_archive_info(p1, 'vol0', p0)"]
+
+
+def test_the_only_proxy_has_lost_a_volume() -> None:
+    scene = Scene(group_file(proxies=1, archives=1)).forget("p0")
+    assert calls(scene.only("proxy-data-lost")) == ["add_archive_to_proxy(p0, 'vol0', a0)"]
+
+
+def test_a_proxy_has_lost_diffs() -> None:
+    found = {f.code: f for f in Scene().forget("p0").part("a0", latest_gid=7).part("a1", latest_gid=7).look()}
+    assert set(found) == {"proxy-data-lost", "gap", "replica-gap"}
+    assert "see gap" in found["proxy-data-lost"].text
+    assert found["gap"].evidence["missing"] == "7..10"
+    assert calls(found["gap"]) == ["stop(s0, 'vol0')", "hash_backup(s0, 'vol0')"]
+    assert found["gap"].consent is Consent.YES
+
+
+def test_a_proxy_cannot_read_a_volume() -> None:
+    found = {f.code: f for f in Scene().part("p0", state="Broken", error="bad", hops=[], diffs=0).look()}
+    assert calls(found["proxy-data-lost"]) == ["clear(p0, 'vol0')", "copy_archive_info(p1, 'vol0', p0)"]
+    assert found["proxy-data-lost"].consent is Consent.YES
+
+
+def test_a_proxy_does_not_send_to_an_archive() -> None:
+    scene = Scene()
+    (v,) = scene.status["p1"].volumes
+    finding = scene.part("p1", hops=v.hops[1:]).only("archive-not-fed")
+    assert calls(finding) == ["add_archive_to_proxy(p1, 'vol0', a0)"]
+
+
+def test_an_archive_is_fed_that_is_not_wanted() -> None:
+    volume = 'target = "s0"\narchives = ["a0"]'
+    found = Scene(group_file(volume=volume)).look()
+    assert [f.code for f in found] == ["unwanted-feed"] * 2
+    assert calls(found[0]) == ["del_archive_from_proxy(p0, 'vol0', a1)"]
+    assert found[0].consent is Consent.YES
+    unknown = Scene()
+    (v,) = unknown.status["p0"].volumes
+    finding = unknown.part("p0", hops=[*v.hops, msgspec.structs.replace(v.hops[0], dest="a9")]).only(
+        "unwanted-feed"
+    )
+    assert not finding.steps
+    assert "a9" in finding.by_hand
+
+
+# Gaps
+
+
+@pytest.mark.parametrize(
+    ("head", "done", "diffs", "missing"),
+    [
+        (10, 10, [], ()),
+        (7, 10, [(7, 9), (9, 10)], ()),
+        (7, 10, [(5, 10)], ()),  # overlaps: what the archive has is cut off
+        (7, 10, [], ((7, 10),)),
+        (7, 10, [(8, 10)], ((7, 8),)),
+        (7, 12, [(7, 8), (9, 10)], ((8, 9), (10, 12))),
+        (7, None, [(7, 8)], ()),
+        (7, None, [(9, 10)], ((7, 9),)),
+        (7, 9, [(7, 12)], ()),
+        (12, 9, [], ()),
+    ],
+)
+def test_what_is_missing(
+    head: int, done: int | None, diffs: Iterable[tuple[int, int]], missing: tuple[tuple[int, int], ...]
+) -> None:
+    assert find_missing(head, done, [diff(b, e) for b, e in diffs]) == missing
+
+
+def test_a_hole_in_a_chain() -> None:
+    scene = Scene().part("a0", latest_gid=5).waits("p0", "a0", diff(7, 10)).part("a1", latest_gid=6)
+    found = {f.code: f for f in scene.look()}
+    assert found["gap"].evidence["missing"] == "5..7"
+    assert calls(found["gap"])[-1] == "hash_backup(s0, 'vol0')"
+
+
+def test_a_replica_fills_the_hole_of_the_primary() -> None:
+    finding = Scene().part("a0", latest_gid=7).only("gap")
+    assert calls(finding) == ["replicate(a1, 'vol0', a0, False)", "kick_proxy('vol0', a0)"]
+    assert finding.consent is Consent.NONE
+
+
+def test_a_hole_is_not_one_while_a_proxy_is_down() -> None:
+    scene = Scene().part("a0", latest_gid=5).part("a1", latest_gid=5).dead("p1")
+    found = scene.look()
+    assert [f.code for f in found] == ["proxy-down", "possible-gap", "possible-gap"]
+    assert not any(f.steps for f in found)
+
+
+def test_a_hole_is_not_one_while_a_storage_uses_a_proxy_that_was_not_asked() -> None:
+    scene = Scene().part("a0", latest_gid=5).part("a1", latest_gid=5)
+    extra = ProxyHealth(address="127.0.0.1:299", available=True, next_check_s=1)
+    scene.server("s0", proxies=[*scene.status["s0"].proxies, extra])
+    assert set(scene.codes()) == {"wrong-proxies", "possible-gap"}
+
+
+def test_a_hole_is_not_one_while_a_list_of_diffs_is_not_known() -> None:
+    scene = Scene().part("a0", latest_gid=5).part("a1", latest_gid=5).part("p0", diffs=3)
+    assert set(scene.codes()) == {"possible-gap"}
+
+
+def test_a_hole_seen_once_is_not_believed() -> None:
+    first = diagnose(Scene().part("a0", latest_gid=5).observe())
+    assert "gap" in [f.code for f in first]
+    assert confirmed(diagnose(Scene().observe()), first) == []
+    assert confirmed(first, []) == []
+
+
+def test_a_backup_waits_for_everybody() -> None:
+    scene = Scene().part("s0", overflow=True, state="Stopped").dead("s1")
+    found = {f.code: f for f in scene.look()}
+    assert found["overflow"].waits_for == ("s1",)
+
+
+# Storages
+
+
+def test_overflow() -> None:
+    finding = Scene().part("s0", overflow=True, state="Target").only("overflow")
+    assert calls(finding) == ["stop(s0, 'vol0')", "hash_backup(s0, 'vol0')"]
+    finding = Scene().part("s0", overflow=True, state="Stopped").only("overflow")
+    assert calls(finding) == ["hash_backup(s0, 'vol0')"]
+    finding = Scene().part("s1", overflow=True).only("overflow-standby")
+    assert calls(finding) == ["stop(s1, 'vol0')", "go_standby(s1, 'vol0')"]
+
+
+def test_a_log_that_fills() -> None:
+    assert Scene().part("s0", log_usage_pb=750).only("log-filling").word is Word.WARN
+    assert Scene().part("s0", log_usage_pb=950).only("log-filling").word is Word.ERROR
+
+
+def test_a_device_is_down() -> None:
+    assert "walbd-device@x" in Scene().part("s0", device_error="gone").only("device-down").by_hand
+
+
+def test_metadata_lost_at_the_target() -> None:
+    finding = Scene().forget("s0").only("storage-metadata-lost")
+    assert calls(finding) == ["init_storage(s0, 'vol0', '/dev/x')", "hash_backup(s0, 'vol0')"]
+    inferred = Scene(group_file(storages=1, volume="")).forget("s0").only("storage-metadata-lost")
+    assert "as it seems" in inferred.text
+    assert not inferred.steps
+    assert "devices = { s0" in inferred.by_hand
+
+
+def test_metadata_lost_at_a_storage_that_stands_by() -> None:
+    group = group_file(volume='target = "s0"\ndevices = { s0 = "/dev/x", s1 = "/dev/y" }')
+    finding = Scene(group).forget("s1").only("storage-metadata-lost")
+    assert calls(finding) == ["init_storage(s1, 'vol0', '/dev/y')"]
+    assert finding.consent is Consent.NONE
+
+
+def test_a_broken_record_at_a_storage() -> None:
+    finding = Scene().part("s0", state="Broken", error="torn").only("storage-broken")
+    assert calls(finding) == ["clear(s0, 'vol0')", "init_storage(s0, 'vol0', '/dev/x')", "hash_backup(s0, 'vol0')"]
+
+
+def test_two_targets() -> None:
+    finding = Scene().part("s1", state="Target").only("two-targets")
+    assert calls(finding) == ["stop(s1, 'vol0', 'force')", "reset(s1, 'vol0')", "go_standby(s1, 'vol0')"]
+    unsaid = Scene(group_file(volume="")).part("s1", state="Target").only("two-targets")
+    assert not unsaid.steps
+
+
+def test_a_log_that_was_reset() -> None:
+    finding = Scene().part("s0", lost="history-broken", log_uuid=OTHER_UUID, state="Stopped").only("orphan")
+    assert finding.evidence["device_log_uuid"] == OTHER_UUID
+    assert calls(finding) == ["hash_backup(s0, 'vol0')"]
+
+
+def test_an_archive_of_another_log() -> None:
+    found = Scene().part("s0", uuid=OTHER_UUID).look()
+    assert [f.code for f in found] == ["orphan"]
+    assert calls(found[0]) == ["stop(s0, 'vol0')", "hash_backup(s0, 'vol0')"]
+
+
+def test_no_target() -> None:
+    finding = Scene().part("s0", state="SyncReady").only("no-target")
+    assert calls(finding) == ["hash_backup(s0, 'vol0')"]
+    fresh = Scene().part("s0", state="SyncReady").forget("a0", "a1").part("p0", hops=[]).part("p1", hops=[])
+    assert "full_backup(s0, 'vol0')" in calls(fresh.only("no-target"))
+    job = JobInfo(
+        job=3, name="full-backup", volume="vol0", state=JobState.CANCELLED, started=NOW - 90, ended=NOW - 60
+    )
+    scene = Scene().part("s0", state="SyncReady")
+    scene.jobs["s0"] = [job]
+    assert "full-backup has cancelled" in scene.only("no-target").text
+
+
+def test_no_target_and_nobody_knows_who_it_should_be() -> None:
+    scene = Scene(group_file(volume="")).part("s0", state="SyncReady").part("s1", state="SyncReady")
+    assert "group file" in scene.only("no-target").by_hand
+
+
+# Archives
+
+
+def test_case_1() -> None:
+    finding = Scene().forget("a1").only("secondary-data-lost")
+    assert calls(finding) == ["stop_synchronizing(a1, 'vol0')", "replicate(a0, 'vol0', a1, True)"]
+    given_up = Scene().dead("a1").look(lost=frozenset({"a1"}))
+    assert calls(given_up[-1]) == ["stop_synchronizing(a1, 'vol0')"]
+
+
+def test_case_2() -> None:
+    finding = Scene().forget("a0").only("primary-data-lost")
+    assert finding.evidence["good_copies"] == ["a1"]
+    assert calls(finding) == [
+        "stop_synchronizing(a0, 'vol0')", "retarget(s0, a1)", "retarget(s1, a1)", "promote_archive(a1)"
+    ]  # fmt: skip
+    assert finding.consent is Consent.YES
+
+
+def test_case_2_of_an_archive_that_is_given_up() -> None:
+    found = Scene().dead("a0").look(lost=frozenset({"a0"}))
+    assert [f.code for f in found] == ["archive-down", "primary-data-lost"]
+    assert "promote_archive(a1)" in calls(found[1])
+    assert [f.code for f in Scene().dead("a0").look()] == ["archive-down"]
+
+
+def test_case_2_of_one_volume_of_several() -> None:
+    scene = Scene()
+    for name, status in list(scene.status.items()):
+        (v,) = status.volumes
+        more = msgspec.structs.replace(v, volume="vol1")
+        scene.server(name, volumes=[more] if name == "a0" else [v, more])
+    finding = scene.only("primary-data-lost")
+    assert calls(finding) == ["stop_synchronizing(a0, 'vol0')", "replicate(a1, 'vol0', a0, True)"]
+
+
+def test_case_3() -> None:
+    scene = Scene(group_file(archives=1)).forget("a0")
+    assert calls(scene.only("primary-data-lost")) == ["stop(s0, 'vol0')", "full_backup(s0, 'vol0')"]
+
+
+def test_case_3_with_a_dead_secondary_waits_for_it() -> None:
+    found = {f.code: f for f in Scene().forget("a0").dead("a1").look()}
+    assert found["primary-data-lost"].waits_for == ("a1",)
+
+
+def test_case_3_with_an_old_copy() -> None:
+    scene = Scene().forget("a0").part("a1", latest_gid=4)
+    for p in ("p0", "p1"):
+        (v,) = scene.status[p].volumes
+        scene.part(p, hops=v.hops[:1])
+    finding = scene.only("primary-data-lost")
+    assert finding.evidence["old_copies"] == ["a1"]
+    assert calls(finding)[-1] == "promote_archive(a1)"  # the next look finds the gap: a hash backup
+
+
+def test_broken_files_are_destroyed_only_when_another_copy_is_good() -> None:
+    finding = next(f for f in Scene().part("a0", state="Broken", error="x").look() if f.code == "archive-broken")
+    assert finding.consent is Consent.YES
+    assert finding.evidence["other_copies"] == ["a1"]
+    alone = Scene(group_file(archives=1)).part("a0", state="Broken", error="x")
+    finding = next(f for f in alone.look() if f.code == "archive-broken")
+    assert finding.consent is Consent.LOSE
+    assert not Allowed(yes=True).covers(finding)
+    assert not Allowed(yes=True, lose=frozenset({"vol1"})).covers(finding)
+    assert Allowed(lose=frozenset({"vol0"})).covers(finding)
+
+
+def test_replicas() -> None:
+    scene = Scene()
+    for p in ("p0", "p1"):
+        (v,) = scene.status[p].volumes
+        scene.part(p, hops=v.hops[:1])
+    finding = scene.only("replica-not-fed")
+    assert calls(finding) == ["replicate(a0, 'vol0', a1, True)"]
+    assert finding.consent is Consent.NONE
+    scene.part("a1", latest_gid=2)  # the primary has applied what it needs: a comparing copy
+    assert scene.only("replica-not-fed").consent is Consent.YES
+    assert Scene().part("a1", latest_gid=7).only("replica-gap").evidence["missing"] == "7..10"
+    assert Scene().part("a1", uuid=OTHER_UUID).only("replica-gap").steps
+    other = Scene().part("a1", archive_uuid=OTHER_LINEAGE).only("replica-other-lineage")
+    assert other.consent is Consent.LOSE
+    assert other.steps[0].command == "walbc replicate vol0 a1 --from a0 --sync --resync"
+
+
+def test_an_archive_that_lags() -> None:
+    scene = Scene().part("a0", latest_gid=7).waits("p0", "a0", diff(7, 10)).hop("p0", "a0", oldest=NOW - 100)
+    assert scene.only("lagging").evidence["oldest_waits_s"] == 100
+
+
+def test_put_aside_and_failed() -> None:
+    Scene().part("a0", error="2 wdiffs put aside").only("put-aside")
+    scene = Scene()
+    job = JobInfo(job=3, name="apply", volume="vol0", state=JobState.FAILED, started=NOW - 90, ended=NOW - 60)
+    scene.jobs["a0"] = [job]
+    scene.only("job-failed")
+    again = JobInfo(job=4, name="apply", volume="vol0", state=JobState.DONE, started=NOW - 50, ended=NOW - 40)
+    scene.jobs["a0"] = [job, again]
+    assert scene.look() == []
+
+
+# Work that is under way
+
+
+def backup_at_work(age_s: int) -> Scene:
+    scene = Scene().part("s0", state="HashSync").part("a0", state="HashSync", latest_gid=3)
+    running = JobState.RUNNING
+    scene.jobs["s0"] = [
+        JobInfo(job=1, name="hash-backup", volume="vol0", state=running, started=NOW - age_s, done=5, total=9)
+    ]
+    return scene
+
+
+def test_work_is_left_alone() -> None:
+    assert backup_at_work(10).look() == []
+
+
+def test_work_without_progress_is_stuck() -> None:
+    assert set(backup_at_work(1000).codes()) == {"stuck"}
+    scene = backup_at_work(1000)
+    first = scene.observe()
+    job = scene.jobs["s0"][0]
+    scene.jobs["s0"] = [JobInfo(**{f: getattr(job, f) for f in JobInfo.__dataclass_fields__} | {"done": 6})]
+    assert diagnose(scene.observe(first, taken_s=2.0)) == []
+
+
+def test_a_passing_state_without_work_is_stuck() -> None:
+    assert "systemctl restart walbd-archive" in Scene().part("a1", state="ReplSyncAsServer").only("stuck").by_hand
+
+
+# The codes and their documentation
+
+
+def test_findings_are_in_the_order_of_mending() -> None:
+    found = Scene().forget("p0").part("s0", overflow=True).part("a0", state="Stopped").look()
+    assert [f.rank.number for f in found] == sorted(f.rank.number for f in found)
+
+
+def documented() -> list[str]:
+    return re.findall(r"^### `([a-z0-9-]+)`", DOC, re.MULTILINE)
+
+
+def test_every_code_is_documented_once_and_nothing_else() -> None:
+    assert sorted(documented()) == sorted(CODES)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_each_section_says_what_it_must(code: str) -> None:
+    section = DOC.split(f"### `{code}`\n", 1)[1].split("\n#", 1)[0]
+    for word in ("**Looks like**", "**At risk**", "**`--fix`**", "**By hand**"):
+        assert word in section, word
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step("synchronize", (Ref("a0"), "vol0", Ref("a1"))),
+        Step("start_synchronizing", (Ref("a0"), "vol0")),
+        Step("kick_all", ((Ref("s0"), Ref("p0")),)),
+    ],
+    ids=lambda step: step.method,
+)
+def test_steps_that_no_finding_of_these_tests_has(step: Step) -> None:
+    assert step.method in METHODS
+    parse(shlex.split(step.command))
+
+
+def test_text_and_json_of_a_finding() -> None:
+    finding = Scene().part("s0", overflow=True, state="Target").only("overflow")
+    assert found_lines([finding]) == [
+        "error  overflow  s0 vol0",
+        "    the log of vol0 at s0 (3.9 MiB) has overflowed; the volume is Target",
+        "    evidence: state=Target overflow=1 delivered_gid=10 delivered_time=0 log_usage_pb=10"
+        " log_capacity_pb=1000",
+        "    at risk: what is written since then is not backed up",
+        "    mend: walbc stop s0 vol0",
+        "    mend: walbc hash-backup vol0 --storage s0   # needs --yes",
+    ]
+    told = finding.to_json()
+    assert (told["code"], told["word"], told["consent"]) == ("overflow", "error", "yes")
+    assert told["steps"][1] == {
+        "command": "walbc hash-backup vol0 --storage s0",
+        "python": "walbc.hash_backup(s0, 'vol0')",
+        "consent": "yes",
+    }
+
+
+def parse(words: list[str]) -> None:
+    """Let `walbc` parse a line that the doctor prints: it can be typed as it is."""
+    assert words[0] == "walbc"
+    command: click.Command = root
+    args = words[1:]
+    while isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), args[0])
+        assert found is not None, words
+        name, command, args = args[0], found, args[1:]
+    command.make_context(name, args)
+
+
+def test_commands_of_the_documentation_exist() -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", DOC, re.DOTALL)
+    lines = [line.split("   ")[0].strip() for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`(walbc [^`]+)`", DOC)
+    sizes = {"SIZE": "1g", "GID": "7", "VOL": "vol0"}
+    checked = [line for line in lines if line.startswith("walbc ")]
+    for line in checked:
+        if line != "walbc shell":
+            parse([sizes.get(word, word) for word in shlex.split(line)])
+    assert len(checked) > 40
+
+
+def test_methods_of_the_documentation_exist() -> None:
+    called = set(re.findall(r"walbc\.([a-z_]+)\(", DOC))
+    assert [name for name in called if not hasattr(Controller, name)] == []
+    assert {"hash_backup", "init_storage", "retarget"} <= called
