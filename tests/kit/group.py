@@ -20,7 +20,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -31,7 +32,7 @@ from tests.kit.routes import RoutedClient
 from tests.kit.volume import Leg, Volume
 from walbd.controller import Controller, ServerConnectionParam, ServerLayout
 from walbd.errors import WalbError
-from walbd.protocol.control import FullBackup, GetStatus, VolumeStatus
+from walbd.protocol.control import FullBackup, GetStatus, HashBackup, VolumeStatus
 
 __all__ = ["WAIT_S", "Group", "Inexact", "Leg", "Process", "Volume", "free_port", "run_walbd", "wait_until"]
 
@@ -75,7 +76,7 @@ class Group:
         for server in [*self.a, *self.p, *self.s]:
             self._make_process(server)
         self.layout = ServerLayout(self.s, self.p, self.a)
-        self.ctl = Controller("", self.layout, calls=RoutedClient(self.route, self._seen))
+        self.ctl = Controller("", self.layout, calls=RoutedClient(self.route, self._watch))
 
     def __enter__(self) -> Self:
         try:
@@ -289,6 +290,13 @@ class Group:
 
     # What can be restored
 
+    def lineage(self, volume: Volume, server: ServerConnectionParam) -> int:
+        """Return after how many full backups the history of an archive began; -1: not known."""
+        key = (volume.name, self.ctl.get_archive_uuid(server, volume.name))
+        if server is self.a[0]:
+            self._lineages[key] = volume.lineage
+        return self._lineages.get(key, -1)
+
     def restored(self, volume: Volume, gid: int, *, archive: int = 0) -> bytes:
         """Restore a snapshot, return the image's bytes, and remove the image again."""
         return self._restored(volume, gid, self.a[archive])
@@ -300,7 +308,7 @@ class Group:
         where = f"{volume.name} gid {gid} at {server.name}"
         if not seqs:
             raise Inexact(f"{where} is nothing that the volume ever was{_compare(image, volume)}")
-        span = volume.points.get((self._lineage(volume, server), gid))
+        span = volume.points.get((self.lineage(volume, server), gid))
         if span is not None and not any(span[0] <= seq <= span[1] for seq in seqs):
             raise Inexact(f"{where} is state {seqs}, and the snapshot was taken in {span}")
         return seqs
@@ -331,16 +339,15 @@ class Group:
 
     # Inner parts
 
-    def _seen(self, request: object) -> None:
-        if isinstance(request, FullBackup) and request.volume in self.volumes:
-            self.volumes[request.volume].lineage += 1
-
-    def _lineage(self, volume: Volume, server: ServerConnectionParam) -> int:
-        """Return after how many full backups the history of an archive began; -1: not known."""
-        key = (volume.name, self.ctl.get_archive_uuid(server, volume.name))
-        if server is self.a[0]:
-            self._lineages[key] = volume.lineage
-        return self._lineages.get(key, -1)
+    def _watch(self, request: object) -> Callable[[], object]:
+        """See what makes generations begin anew, so that no point is taken for another with the same number."""
+        volume = self.volumes.get(getattr(request, "volume", ""))
+        if volume is not None and isinstance(request, FullBackup):
+            return partial(volume.begin_lineage)
+        if volume is not None and isinstance(request, HashBackup):
+            # Generations go on behind what the archive has: what never came there is lost.
+            return partial(volume.forget_after, self.status(self.a[0], volume.name).latest_gid)
+        return lambda: None
 
     def _restored(self, volume: Volume, gid: int, server: ServerConnectionParam) -> bytes:
         self.ctl.restore(server, volume.name, gid, timeoutS=WAIT_S)

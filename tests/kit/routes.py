@@ -23,20 +23,23 @@ class RoutedClient(Client):
     """Calls in which the addresses of archives and proxies are replaced by those of links, and back."""
 
     def __init__(
-        self, route: Callable[[str], Mapping[str, str]], seen: Callable[[Request[Any]], object] = lambda _: None
+        self,
+        route: Callable[[str], Mapping[str, str]],
+        watch: Callable[[Request[Any]], Callable[[], object]] = lambda _: lambda: None,
     ) -> None:
         """`route(name)`: where the daemon of that name is to connect, by address of the peer.
 
-        `seen` is called with each request that was answered well.
+        `watch` is called before each single request, and what it returns when that was answered well.
         """
         super().__init__()
         self._route = route
-        self._seen = seen
+        self._watch = watch
 
     def call(self, s: Server, request: Request[R], timeoutS: float = 0) -> R:
         there, back = self._ways(s)
+        succeeded = self._watch(request)
         reply = translated(super().call(s, translated(request, there), timeoutS), back)
-        self._seen(request)
+        succeeded()
         return reply
 
     def call_each(

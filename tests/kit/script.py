@@ -81,6 +81,7 @@ class Script:
         self._times = times
         self._made: Group | None = None
         self._gids: dict[str, tuple[str, int]] = {}  # label: (volume, gid)
+        self._lineages: dict[str, int] = {}  # label: that of the volume then
         self._counts: dict[Link, int] = {}
         self._out: list[str] = []
 
@@ -124,17 +125,30 @@ class Script:
 
     def _call(self, method: Callable[..., Any], args: list[str], options: dict[str, str], label: str) -> None:
         """Call a method of the controller: servers by name, generations by @label."""
+        known = inspect.signature(method).parameters
+        kinds = [str(parameter.annotation) for parameter in known.values()]
         values = {name: self._value(text) for name, text in options.items()}
-        if "timeoutS" in inspect.signature(method).parameters:
+        if "timeoutS" in known:
             values.setdefault("timeoutS", WAIT_S)
-        result = method(*map(self._value, args), **values)
+        positional: list[Any] = []
+        for number, text in enumerate(args):
+            if kinds[number].startswith("Sequence"):
+                positional.append([self._value(each) for each in args[number:]])
+                break
+            positional.append(text if kinds[number] == "str" else self._value(text))
+        result = method(*positional, **values)
         if label:
-            volume = next(arg for arg in args if arg in self.group.volumes)
-            self._gids[label] = (volume, result)
+            self._name(label, next(arg for arg in args if arg in self.group.volumes), result)
         elif isinstance(result, bool | str):
             self._out.append(str(result))
         elif isinstance(result, list) and all(isinstance(item, str) for item in result):
             self._out.append(" ".join(result) or "none")
+
+    def _name(self, label: str, volume: str, gid: int) -> None:
+        self._gids[label] = (volume, gid)
+        vol = self._volume(volume)
+        vol.points.setdefault((vol.lineage, gid), (0, vol.seq))
+        self._lineages[label] = vol.lineage
 
     def _value(self, text: str) -> Any:
         if text.startswith("@"):
@@ -154,7 +168,7 @@ class Script:
     def _logs(self) -> str:
         if self._made is None:
             return ""
-        return "\n".join(f"--- {p.name}\n{p.tail(30)}" for p in self._made.processes.values() if p.log.exists())
+        return "\n".join(f"--- {p.name}\n{p.tail(8)}" for p in self._made.processes.values() if p.log.exists())
 
     def _volume(self, name: str) -> Volume:
         return self.group.volumes[name]
@@ -222,6 +236,11 @@ class Script:
         else:
             self._volume(volume).stop_load()
 
+    def do_init(self, volume: str, storage: str) -> None:
+        """init VOL STORAGE: make the device known again to a storage that has lost its data."""
+        leg = next(leg for leg in self._volume(volume).legs if leg.storage == storage)
+        self.group.ctl.init_storage(self.group.server(storage), volume, str(leg.directory))
+
     def do_grow_device(self, volume: str, size: str) -> None:
         """grow-device VOL SIZE: grow the devices; nobody is told."""
         self.group.grow_device(self._volume(volume), parse_size(size))
@@ -235,11 +254,11 @@ class Script:
     def do_snapshot(self, volume: str, label: str, at: str = "a0") -> None:
         """snapshot VOL LABEL [at=a0,a1]: take a snapshot; it must become restorable there."""
         archives = [int(name[1:]) for name in at.split(",")]
-        self._gids[label] = (volume, self.group.snapshot(self._volume(volume), archives=archives))
+        self._name(label, volume, self.group.snapshot(self._volume(volume), archives=archives))
 
     def do_mark(self, volume: str, label: str) -> None:
         """mark VOL LABEL: take a snapshot, and do not wait for it."""
-        self._gids[label] = (volume, self.group.mark(self._volume(volume)))
+        self._name(label, volume, self.group.mark(self._volume(volume)))
 
     def do_arrives(self, label: str, at: str = "a0") -> None:
         """arrives LABEL [at=a0,a1]: wait until a snapshot is restorable there."""
@@ -247,14 +266,33 @@ class Script:
         for name in at.split(","):
             self.group.ctl.wait_for_restorable(self.group.server(name), volume, gid, timeoutS=WAIT_S)
 
+    def do_handed_over(self, volume: str) -> None:
+        """handed-over VOL: wait until a proxy has all of the log."""
+        vol = self._volume(volume)
+
+        def done() -> bool:
+            row = self.group.status(self.group.target(vol), volume)
+            return row.lag_lb == 0 and row.done_gid == row.latest_gid
+
+        wait_until(done, "a proxy to have the log")
+
     def do_fresh(self, volume: str) -> None:
         """fresh VOL: the archives that are fed get everything, with no command given."""
         self.group.wait_fresh(self._volume(volume))
 
     def do_check(self, volume: str) -> None:
         """check VOL: compare every restorable gid at every archive; say which labels are among them."""
-        for archive, gids in self.group.check_all(self._volume(volume)).items():
-            labels = [label for label, (vol, gid) in self._gids.items() if vol == volume and gid in gids]
+        vol = self._volume(volume)
+        for archive, gids in self.group.check_all(vol).items():
+            lineage = self.group.lineage(vol, self.group.server(archive)) if gids else -1
+            labels = [
+                label
+                for label, (name, gid) in self._gids.items()
+                if name == volume
+                and gid in gids
+                and self._lineages[label] == lineage
+                and (lineage, gid) in vol.points
+            ]
             self._out.append(f"{archive}: {' '.join(labels) or ('no point' if not gids else 'none of ours')}")
 
     # Processes and links

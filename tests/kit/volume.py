@@ -223,6 +223,16 @@ class Volume:
 
     # What was when
 
+    def begin_lineage(self) -> None:
+        """A full backup begins: generations begin anew."""
+        self.lineage += 1
+
+    def forget_after(self, gid: int) -> None:
+        """Snapshots after `gid` are lost, and their numbers are given to others."""
+        for lineage, point in list(self.points):
+            if lineage == self.lineage and point > gid:
+                del self.points[lineage, point]
+
     def states_of(self, image: bytes) -> list[int]:
         """Return the numbers of the states that an image may be; empty: the volume never was that."""
         return self._states.get(digest_of(image), [])
