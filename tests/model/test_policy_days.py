@@ -20,7 +20,7 @@ START = 1_714_521_600  # a Wednesday, 2024-05-01, midnight
 
 def only_what_is_dropped(sim: SimVolume, action: Action) -> None:
     """A merge destroys no point that stays, an apply none from the oldest that stays on."""
-    gone = {diff.begin.gid_b for diff in action.diffs[1:]} if isinstance(action, Merge) else set()
+    gone: set[int] = {diff.begin.gid_b for diff in action.diffs[1:]} if isinstance(action, Merge) else set()
     if isinstance(action, Merge):
         assert action.diffs[-1].end.gid_b < sim.gid  # the newest diff is never touched
         assert set(action.release) <= gone
