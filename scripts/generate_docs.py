@@ -1,4 +1,4 @@
-"""Write the pages that are generated from the code: docs/states.md and docs/configuration.md.
+"""Write the pages that are generated from the code: docs/{states,configuration,cli,python-api}.md.
 
 .venv/bin/python scripts/generate_docs.py           write them
 .venv/bin/python scripts/generate_docs.py --check   fail if they are not up to date
@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from docs_reference import cli_page, python_api_page
 
 from walbd.archive.config import ArchiveConfig
 from walbd.archive.states import TABLE as ARCHIVE
@@ -120,7 +122,12 @@ def settings_table(rows: list[Setting]) -> str:
     )
 
 
-PAGES = {"states.md": states_page, "configuration.md": configuration_page}
+PAGES = {
+    "states.md": states_page,
+    "configuration.md": configuration_page,
+    "cli.md": cli_page,
+    "python-api.md": python_api_page,
+}
 
 
 def stale() -> list[str]:

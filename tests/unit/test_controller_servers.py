@@ -86,6 +86,10 @@ def test_startup_param() -> None:
         "listen": "host-a", "port": 10002, "base-dir": "/data", "node-id": "a0", "log-level": "debug",
         "connections-max": 5, "io-timeout-s": 7,
     }  # fmt: skip
+    assert get_server_params(archive, None, False, True, 3, 2)["port"] == 20002
+    assert get_server_args(archive, useRepeater=True)[4:6] == ["--port", "20002"]
+    with pytest.raises(TypeError):
+        get_server_params(archive, maxFgTasks="3")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         get_server_params(s)  # a storage needs the layout
     with pytest.raises(TypeError):

@@ -11,6 +11,7 @@ from walbd.controller.constants import UINT64_MAX
 from walbd.controller.data import SyncOpt, create_compress_opt_from_str
 from walbd.controller.servers import Server, get_server
 from walbd.controller.words import check_bulk
+from walbd.errors import UsageError
 from walbd.protocol import maintenance as m
 from walbd.units import format_time, parse_size
 
@@ -70,7 +71,7 @@ def replicate(
     """
     ax, ay = app.archive(source), _dest(app, dest)
     if synchronizing and gid is not None:
-        raise click.UsageError("--sync goes to the latest: leave --gid out")
+        raise UsageError("--sync goes to the latest", hint="leave --gid out")
     opt = _opt(compress, merge_size, bulk, delay_s)
     if synchronizing:
         reached = app.ctl.replicate(ax, vol, ay, True, timeout_s, resync, dont_merge, opt)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from walbd.cli.walbc_app import SERVERS, VOL, App, checked, command
-from walbd.controller.constants import K_STORAGE, Mebi
+from walbd.controller.constants import K_ARCHIVE, K_STORAGE, Mebi
 from walbd.controller.replies import reloaded_lines
 from walbd.controller.servers import Server, get_server, verify_server_kind
 from walbd.errors import UsageError, WalbError
@@ -94,20 +94,16 @@ def resize(app: App, vol: str, size: str, zero: bool, server: str | None) -> Non
     if size_b % Mebi:
         raise UsageError("a size is a whole number of MiB", size=size)
     size_mb = size_b // Mebi
-    where: list[Server]
-    if server is None:
+    at = app.server(server) if server is not None else None
+    if at is None:
         app.ctl.resize(checked(vol), size_mb, zero)
-        where = [*app.layout.servers.archiveL, *app.layout.servers.storageL]
+    elif at.kind == K_STORAGE:
+        app.ctl.resize_storage(at, vol, size_mb)
     else:
-        s = app.server(server)
-        where = [s]
-        if s.kind == K_STORAGE:
-            app.ctl.resize_storage(s, vol, size_mb)
-        else:
-            app.ctl.resize_archive(s, vol, size_mb, zero)
-    names = [s.name for s in where]
-    text = f"{vol} has {format_size(size_b) if size_b else 'the size of its data device'} at {', '.join(names)}"
-    app.tell({"volume": vol, "size_b": size_b, "servers": names}, text)
+        verify_server_kind(at, (K_STORAGE, K_ARCHIVE))
+        app.ctl.resize_archive(at, vol, size_mb, zero)
+    text = f"{vol} has {format_size(size_b) if size_b else 'the size of its data device'}"
+    app.tell({"volume": vol, "size_b": size_b, "server": server or ""}, f"{text} at {server}" if server else text)
 
 
 @command("dump-log-header")

@@ -31,6 +31,8 @@ from walbd.controller.constants import (
     aaReplSync,
     aaResize,
     aaRestore,
+    aaScan,
+    aaScrub,
     aClear,
     aDuringFullSync,
     aDuringHashSync,
@@ -103,6 +105,9 @@ from walbd.controller.data import (
     parse_ltsv,
     str_to_datetime,
 )
+from walbd.controller.device import (
+    Device,
+)
 from walbd.controller.layout import (
     GroupLayout,
     VolumeEntry,
@@ -110,7 +115,6 @@ from walbd.controller.layout import (
     load_layout,
 )
 from walbd.controller.local import (
-    Device,
     RunCommand,
     exists_file,
     printL,
@@ -208,6 +212,8 @@ __all__ = [
     "aaReplSync",
     "aaResize",
     "aaRestore",
+    "aaScan",
+    "aaScrub",
     "atClearVol",
     "atFullSync",
     "atHashSync",

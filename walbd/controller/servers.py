@@ -13,6 +13,9 @@ from walbd.errors import UsageError
 from walbd.ids import node_name
 
 
+_REPEATER_PORTS: Final = 10000  # from the port of a server to the one that it really listens on
+
+
 def server_kind_to_str(kind: int) -> str:
     """Return storage, proxy or archive."""
     verify_type(kind, int)
@@ -192,22 +195,32 @@ def get_server_params(
     s: Server,
     sLayout: ServerLayout | None = None,
     isDebug: bool = False,
+    useRepeater: bool = False,
+    maxFgTasks: int = 2,
+    maxBgTasks: int = 1,
     maxConn: int | None = None,
     timeoutS: int | None = None,
 ) -> dict[str, str | int | None]:
     """Return the options of a daemon: name without dashes to value, None for a flag.
 
-    A storage takes the primary archive and the proxies from `sLayout`, which it needs therefore.
+    A storage takes the primary archive and the proxies from `sLayout`, which it needs therefore. With
+    `useRepeater` the daemon listens on its port + 10000, so that something else can stand between. The numbers of
+    tasks are taken for scripts that give them and set nothing: what cannot run at once waits, see
+    docs/configuration.md. So are the volume group and thin pool of an archive.
     """
     verify_type(s, ServerStartupParam)
     assert isinstance(s, ServerStartupParam)
+    verify_type(useRepeater, bool)
+    for number in (maxFgTasks, maxBgTasks):
+        verify_type(number, int)
     params: dict[str, str | int | None] = {}
     if s.kind == K_STORAGE:
         verify_type(sLayout, ServerLayout)
         assert sLayout is not None
         params["archive"] = sLayout.get_primary_archive().get_host_port()
         params["proxy"] = ",".join(p.get_host_port() for p in sLayout.proxyL)
-    params |= {"listen": s.address, "port": s.port, "base-dir": s.dataDir, "node-id": s.name}
+    port = s.port + (_REPEATER_PORTS if useRepeater else 0)
+    params |= {"listen": s.address, "port": port, "base-dir": s.dataDir, "node-id": s.name}
     if isDebug:
         params["log-level"] = "debug"
     if maxConn is not None:
@@ -217,9 +230,16 @@ def get_server_params(
     return params
 
 
-def get_server_args(s: Server, sLayout: ServerLayout | None = None, isDebug: bool = False) -> list[str]:
-    """Return the command line that starts a daemon."""
-    params = get_server_params(s, sLayout, isDebug)
+def get_server_args(
+    s: Server,
+    sLayout: ServerLayout | None = None,
+    isDebug: bool = False,
+    useRepeater: bool = False,
+    maxFgTasks: int = 2,
+    maxBgTasks: int = 1,
+) -> list[str]:
+    """Return the command line that starts a daemon; see `get_server_params`."""
+    params = get_server_params(s, sLayout, isDebug, useRepeater, maxFgTasks, maxBgTasks)
     assert isinstance(s, ServerStartupParam)
     program = f"{s.binDir}/walbd" if s.binDir else "walbd"
     return [program, server_kind_to_str(s.kind), *dict2args(params)]

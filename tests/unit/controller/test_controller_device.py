@@ -1,4 +1,4 @@
-"""Programs, block devices and userspace devices of a host."""
+"""Devices: the userspace ones with the real tool, those of the kernel driver with a tool that is played."""
 
 from __future__ import annotations
 
@@ -9,45 +9,8 @@ from typing import Any
 
 import pytest
 
-from walbd.controller import Device, exists_file, printL, run_local_command
-from walbd.errors import Refused, TimedOut, UsageError, WalbError
-
-
-def test_run_local_command(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_local_command([sys.executable, "-c", "print(' hello ')"]) == "hello"
-    assert run_local_command([sys.executable, "-c", "print(1)"], putMsg=True) == "1"
-    assert "run: " in capfd.readouterr().err
-    failing = [sys.executable, "-c", "import sys; sys.exit('why')"]
-    with pytest.raises(WalbError) as caught:
-        run_local_command(failing)
-    assert caught.value.facts["status"] == 1
-    assert "why" in capfd.readouterr().err
-    with pytest.raises(WalbError):
-        run_local_command(failing, quietErr=True)
-    assert capfd.readouterr().err == ""
-    with pytest.raises(WalbError, match="cannot run"):
-        run_local_command(["/no/such/program"])
-    with pytest.raises(TypeError):
-        run_local_command("ls")  # type: ignore[arg-type]
-
-
-def test_exists_file(tmp_path: Path) -> None:
-    plain = tmp_path / "a 'b'"
-    plain.touch()
-    assert not exists_file(str(plain))  # a block device is asked for
-    asked: list[list[str]] = []
-
-    def run(args: list[str], putMsg: bool = False) -> str:
-        asked.append(args)
-        return "1\n"
-
-    assert exists_file("/dev/x", run)
-    assert asked[0][-1] == "if [ -b /dev/x ]; then echo 1; else echo 0; fi"
-
-
-def test_print_list(capsys: pytest.CaptureFixture[str]) -> None:
-    printL([1, "a"])
-    assert capsys.readouterr().out == "1\na\n"
+from walbd.controller import Device
+from walbd.errors import NotSupported, Refused, TimedOut, UsageError, WalbError
 
 
 class Tool:
@@ -67,7 +30,7 @@ def test_device_runs_the_device_tool() -> None:
     dev = Device("vol0", "/l", "/d", "/usr/bin/walbd", tool, baseDir="/base")
     assert dev.path == "/base/vol0"
     assert str(dev) == "vol0, /l, /d, /usr/bin/walbd"
-    dev.create("1g", "64m", 4096, force=True)
+    dev.create(sizeU="1g", ldevSizeU="64m", pbs=4096, force=True)
     dev.resize(2048)
     dev.delete()
     assert [" ".join(args[2:]) for args in tool.calls] == [
@@ -79,7 +42,7 @@ def test_device_runs_the_device_tool() -> None:
 
 
 def test_device_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("walbd.controller.local.POLL_S", 0)
+    monkeypatch.setattr("walbd.controller.device.POLL_S", 0)
     served = {"size_lb": 4096, "capacity_pb": 100, "pbs": 4096, "lsids": {"completed": 9, "oldest": 5}}
     empty = served | {"lsids": {"completed": 9, "oldest": 9}}
     dev = Device("vol0", runCommand=Tool(served, served, served | {"size_lb": 1}, served, served, empty))
@@ -115,13 +78,78 @@ def test_device_arguments(tmp_path: Path) -> None:
 def test_device_made_by_the_real_tool(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = str(Path(sys.executable).parent / "walbd")
     dev = Device("vol0", str(tmp_path / "l"), str(tmp_path / "d"), program, baseDir=str(tmp_path / "dev"))
-    dev.create("4m", "2m", 512)
+    dev.create(sizeU="4m", ldevSizeU="2m", pbs=512)
     assert dev.exists()
     assert dev.get_size_mb() == 4
     dev.resize(8)
     assert dev.get_size_mb() == 8
     with pytest.raises(WalbError):
-        dev.create("4m", "2m")
+        dev.create(sizeU="4m", ldevSizeU="2m")
     assert "exists" in capfd.readouterr().err
     dev.delete()
     assert not dev.exists()
+    dev.format_ldev()
+    dev.create(pbs=512)  # what this object has just formatted holds no log
+    assert dev.exists()
+    with pytest.raises(NotSupported):
+        dev.create(maxl=1)
+
+
+# The kernel driver
+
+
+def test_kernel_device_runs_its_tool() -> None:
+    tool = Tool()
+    dev = Device("vol0", "/dev/l", "/dev/d", "/usr/local/bin/wdevc", tool)
+    assert dev.path == "/dev/walb/vol0"
+    assert str(dev) == "vol0, /dev/l, /dev/d, /usr/local/bin/wdevc"
+    dev.format_ldev()
+    dev.format_ldev(doDiscard=False)
+    dev.create(maxl=1, bi=9)
+    dev.create()
+    dev.resize(3)
+    dev.reset()
+    dev.delete()
+    assert dev.run_wdevc(["version"]) == ""
+    assert [" ".join(args) for args in tool.calls] == [
+        f"/usr/local/bin/wdevc {words}"
+        for words in (
+            "format-ldev /dev/l /dev/d",
+            "format-ldev /dev/l /dev/d -nd",
+            "create-wdev /dev/l /dev/d -n vol0 -maxl 1 -bi 9",
+            "create-wdev /dev/l /dev/d -n vol0",
+            "resize /dev/walb/vol0 6144",
+            "reset-wal /dev/walb/vol0",
+            "delete-wdev /dev/walb/vol0",
+            "version",
+        )
+    ]
+    for options in ({"sizeU": "1m"}, {"pbs": 512}, {"force": True}):
+        with pytest.raises(NotSupported):
+            dev.create(**options)
+    with pytest.raises(NotSupported):
+        dev.info()
+    with pytest.raises(TypeError):
+        dev.create(maxl="1")  # type: ignore[arg-type]
+
+
+def test_kernel_device_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("walbd.controller.device.POLL_S", 0)
+    lsids = iter(["oldest 5\ncompleted 9\n", "oldest 9\ncompleted 9\n", "oldest 5\ncompleted 9\n"])
+
+    def run(args: list[str], putMsg: bool = False) -> str:
+        if args == ["/bin/cat", "/sys/block/walb!vol0/size"]:
+            return "4096\n"
+        if args == ["/bin/cat", "/sys/block/walb!vol0/walb/lsids"]:
+            return next(lsids)
+        if args == ["/sbin/blockdev", "--getsz", "/dev/l"]:
+            return "800\n"
+        assert args[-1] == "if [ -b /dev/walb/vol0 ]; then echo 1; else echo 0; fi"
+        return "1"
+
+    dev = Device("vol0", "/dev/l", "/dev/d", "wdevc", run)
+    assert dev.exists()
+    assert (dev.get_size_lb(), dev.get_size_mb(), dev.get_log_size_lb()) == (4096, 2, 800)
+    dev.wait_for_log_empty(10)
+    with pytest.raises(TimedOut):
+        dev.wait_for_log_empty(0)
