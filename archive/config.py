@@ -23,9 +23,7 @@ class ArchiveConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         int, Meta(ge=1, le=3600, description="and at the latest after so long", extra=LIVE)
     ] = 10
     wdiffs_max: Annotated[Count, Meta(description="wdiffs received at the same time; more wait", extra=LIVE)] = 16
-    backups_max: Annotated[
-        Count, Meta(description="full backups at the same time; more are refused", extra=LIVE)
-    ] = 8
+    backups_max: Annotated[Count, Meta(description="backups at the same time; more are refused", extra=LIVE)] = 8
     maintain_max: Annotated[
         Count, Meta(description="applies, merges and scrubs at the same time; more wait", extra=LIVE)
     ] = 2
@@ -60,7 +58,7 @@ class ArchiveConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         Meta(
             ge=0,
             le=100_000,
-            description="wdiffs that a hash or a scan of an image opens, all at once; 0: no limit",
+            description="wdiffs that one hash, scan or merge opens, all at once; 0: no limit",
             extra=LIVE,
         ),
     ] = 4096

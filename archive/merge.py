@@ -53,8 +53,9 @@ def plan_merge(volume: Volume, gid_b: int, gid_e: int | None = None, size_max_b:
     """Return what a merge from `gid_b` on would join, oldest first, at least two diffs.
 
     The first begins at the lowest generation from `gid_b` on; those that begin below `gid_e` follow, as far as
-    their sizes do not pass `size_max_b` [byte] together. Raises UsageError for an empty range, Refused while an
-    apply is unfinished or when something protected lies inside, NotMergeable when there is nothing to merge.
+    their sizes do not pass `size_max_b` [byte] together; with a size, at most as many as may be open at once.
+    Raises UsageError for an empty range, Refused while an apply is unfinished, when something protected lies
+    inside, or for too many diffs, and NotMergeable when there is nothing to merge.
     """
     if gid_e is not None and gid_e <= gid_b:
         raise UsageError("an empty range of generations", gid_b=gid_b, gid_e=gid_e)
@@ -64,7 +65,17 @@ def plan_merge(volume: Volume, gid_b: int, gid_e: int | None = None, size_max_b:
             hint="apply again: that finishes it",
             base=str(volume.base),
         )
+    n_max = volume.place.config.scan_files_max or None
     diffs = volume.diffs.merge_candidates(gid_b, gid_end=gid_e, size_max_b=size_max_b)
+    if n_max is not None and len(diffs) > n_max:
+        if size_max_b is None:
+            raise Refused(
+                "too many diffs for one merge",
+                hint="merge in parts, or raise scan_files_max",
+                diffs=len(diffs),
+                n_max=n_max,
+            )
+        diffs = diffs[:n_max]
     if len(diffs) < 2:
         raise NotMergeable(
             "there are no two diffs here that can become one",
