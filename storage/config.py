@@ -24,19 +24,17 @@ class StorageConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         Size, Meta(ge=2 * MIB, description="largest stretch of log sent at once", extra=LIVE)
     ] = 128 * MIB
     wlog_packing: Annotated[PackingName, Meta(description="packing of the log on the wire", extra=LIVE)] = "lz4"
-    backup_packing: Annotated[PackingName, Meta(description="packing of full backups on the wire", extra=LIVE)] = (
-        "lz4"
-    )
+    backup_packing: Annotated[PackingName, Meta(description="packing of backups on the wire", extra=LIVE)] = "lz4"
     snapshot_interval_s: Annotated[
         WholeSeconds, Meta(description="least time between implicit snapshots", extra=LIVE)
     ] = 2
-    full_scan_bytes_per_s: Annotated[Size, Meta(description="speed limit of full scans; 0: none", extra=LIVE)] = 0
+    full_scan_bytes_per_s: Annotated[
+        Size, Meta(description="speed limit of the scans of backups; 0: none", extra=LIVE)
+    ] = 0
     ts_delta_interval_s: Annotated[
         Delay, Meta(description="how often the archive is asked how far it is behind", extra=LIVE)
     ] = 60.0
-    backups_max: Annotated[
-        Count, Meta(description="full scans at the same time; further ones wait", extra=LIVE)
-    ] = 2
+    backups_max: Annotated[Count, Meta(description="backups at the same time; further ones wait", extra=LIVE)] = 2
     transfers_max: Annotated[
         Count, Meta(description="log transfers at the same time; further ones wait", extra=LIVE)
     ] = 4
