@@ -288,10 +288,13 @@ WORK: list[tuple[str, Callable[[Rig], None]]] = [
 ]
 # Cold images need a disk that shares blocks: tests/scenario/test_archive_crash.py has one.
 COLD_POINTS = [name for name in registered() if name.startswith("archive.cold.")]
+REPLICATION_POINTS = [
+    name for name in registered() if name.startswith("archive.repl_")
+]  # see test_kill_replication
 DAEMON_POINTS = [
     name
     for name in registered()
-    if name.split(".")[0] in ("storage", "proxy", "archive") and name not in COLD_POINTS
+    if name.split(".")[0] in ("storage", "proxy", "archive") and name not in (*COLD_POINTS, *REPLICATION_POINTS)
 ]
 COMMIT_POINTS = [(name, owner) for name in registered() if name.startswith("fs.") for owner in ("s0", "p0", "a0")]
 DEVICE_POINTS = [name for name in registered() if name.startswith("device.")]
@@ -322,7 +325,13 @@ def kill_at(rig: Rig, process: Process, name: str) -> None:
 
 
 def test_every_failpoint_has_a_test() -> None:
-    tested = {*DAEMON_POINTS, *COLD_POINTS, *(name for name, _ in COMMIT_POINTS), *DEVICE_POINTS}
+    tested = {
+        *DAEMON_POINTS,
+        *COLD_POINTS,
+        *REPLICATION_POINTS,
+        *(name for name, _ in COMMIT_POINTS),
+        *DEVICE_POINTS,
+    }
     assert set(registered()) == tested
     assert set(OWN_TESTS) < set(DEVICE_POINTS)
     assert len(tested) > 60
