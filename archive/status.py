@@ -36,6 +36,7 @@ def volume_status(name: str, volume: Volume | None) -> VolumeStatus:
         base="" if volume.base.begin.is_none else volume.base.describe(),
         restorable=len(points),
         restored=sorted(volume.restored),
+        cold=sorted(map(int, volume.record.colds)),
         hops=hops(volume),
         verified=volume.record.verified,
         error="; ".join([*volume.remarks, *volume.damage]),

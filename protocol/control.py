@@ -647,6 +647,7 @@ class VolumeStatus(msgspec.Struct, frozen=True, kw_only=True):
     base: str = ""
     restorable: int = 0
     restored: list[int] = []
+    cold: list[int] = []  # archive: generations of cold images
     verified: int = 0  # archive: when the last scrub that found no damage began
     hops: list[HopStatus] = []
     error: str = ""

@@ -194,6 +194,20 @@ async def test_merge_with_too_little_room(tmp_path: Path) -> None:
         assert files(feed) == before
 
 
+async def test_merge_opens_a_limited_number_of_files(tmp_path: Path) -> None:
+    async with ArchiveRig(tmp_path, scan_files_max=3) as rig:
+        feed = Feed(rig)
+        await feed.init()
+        await feed.full_backup()
+        await feed.step(5)
+        error = await refused(feed, m.Merge(volume=VOL, gid_b=0, gid_e=99))
+        assert (error.remote_code, error.facts["diffs"], error.facts["n_max"]) == ("refused", 5, 3)
+        await rig.done(m.Merge(volume=VOL, gid_b=0, size_max_b=1 << 40))
+        assert wdiffs(feed) == ["|0|-->|3|", "|3|-->|4|", "|4|-->|5|"]
+        await rig.done(m.Merge(volume=VOL, gid_b=0, gid_e=99))
+        assert await feed.check() == [0, 5]
+
+
 async def test_forced_stop_ends_a_merge(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(feed)
     with gated(monkeypatch, "archive.merge.mid_write") as gate:
