@@ -27,7 +27,7 @@ from walbd.cli.walbc_app import App, command
 from walbd.controller import Device
 from walbd.controller.servers import Server
 from walbd.errors import WalbError, exit_code_of
-from walbd.protocol.control import GetVolumes
+from walbd.protocol.control import GetState, GetVolumes, TextValue
 
 _PROMPTS: Final = re.compile(r"^(?:python> |walbc> |>>> |\.\.\. )")  # of lines that are pasted from a document
 _HISTORY: Final = Path("~/.walbc_history")
@@ -70,6 +70,7 @@ def variables(app: App) -> tuple[dict[str, Any], list[str]]:
         servers[name] = s
     names |= {"__name__": "__console__", "__doc__": None, "walbc": app.ctl, "sLayout": app.layout.servers}
     names |= servers
+    volumes = volume_names(app)
     for name, sL in (
         ("sx", app.layout.servers.storageL),
         ("px", app.layout.servers.proxyL),
@@ -77,12 +78,19 @@ def variables(app: App) -> tuple[dict[str, Any], list[str]]:
     ):
         if len(sL) == 1:
             names.setdefault(name, sL[0])
-    volumes = volume_names(app)
     if len(volumes) == 1:
         names["vol"] = volumes[0]
         entry = app.layout.volumes.get(volumes[0])
-        if entry is not None and len(set(entry.devices.values())) == 1:
-            names["wdev"] = Device.at(next(iter(entry.devices.values())))
+        target = entry.target if entry is not None else None
+        if "sx" not in names and (target := target or _target(app, volumes[0])) is not None:
+            names["sx"] = target
+        paths = dict(entry.devices) if entry is not None else {}
+        source = names.get("sx")
+        path = paths.get(source.name) if isinstance(source, Server) else None
+        if path is None and len(set(paths.values())) == 1:
+            path = next(iter(paths.values()))
+        if path is not None:
+            names["wdev"] = Device.at(path)
     elif volumes:
         remarks.append(f"volumes: {', '.join(volumes)}")
     return names, remarks
@@ -104,6 +112,13 @@ def volume_names(app: App) -> list[str]:
         return sorted(app.layout.volumes)
     replies = app.ctl.ask_each(app.layout.servers.get_all(), GetVolumes(), _PROBE_S)
     return sorted({name for reply in replies.values() if not isinstance(reply, WalbError) for name in reply.names})
+
+
+def _target(app: App, vol: str) -> Server | None:
+    """Return the only storage that says that it backs a volume up; None when there is none, or none answers."""
+    replies = app.ctl.ask_each(app.layout.servers.storageL, GetState(volume=vol), _PROBE_S)
+    found = [s for s, r in replies.items() if isinstance(r, TextValue) and r.value == library.sTarget]
+    return found[0] if len(found) == 1 else None
 
 
 def banner(app: App, names: dict[str, Any], remarks: list[str]) -> list[str]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from walbd.controller import constants as k
-from walbd.controller.constants import K_STORAGE, SHORT_TIMEOUT_SEC, TIMEOUT_SEC
+from walbd.controller.constants import K_STORAGE, TIMEOUT_SEC
 from walbd.controller.data import SyncOpt
-from walbd.controller.feeding import Feeding
 from walbd.controller.queries import require_state
 from walbd.controller.servers import Server
+from walbd.controller.targets import Targets
 from walbd.controller.verify import verify_size_unit, verify_timeout, verify_type
 from walbd.controller.words import check_bulk
 from walbd.errors import Busy, TimedOut, WalbError
@@ -21,12 +21,13 @@ from walbd.units import parse_size
 
 _FULL_BULK_B: Final = c.FullBackup(volume="x").bulk_b
 _HASH_BULK_B: Final = c.HashBackup(volume="x").bulk_b
+_EMPTY: Final = (k.aClear, k.aSyncReady)  # states in which an archive holds nothing of a volume
 _BUSY_S: Final = 10.0  # for what excludes a backup and ends by itself: the receipt of a diff
 _DRAIN_S: Final = 60.0  # for proxies to deliver what they still hold, before it is dropped
 _STUCK_S: Final = 5.0  # without any progress: nothing more will come
 
 
-class Backup(Feeding):
+class Backup(Targets):
     """Backup; see `Controller`."""
 
     def full_backup(
@@ -40,9 +41,10 @@ class Backup(Feeding):
     ) -> int | None:
         """Copy a whole volume to the primary archive, and back it up continuously from then on.
 
-        The volume must not be Target: stop it first. Every other storage of the layout must be Standby or
-        Clear, the primary archive Clear or SyncReady, and all servers of the layout must answer; all this is
-        checked before anything is changed. Then a Stopped volume is reset and a Standby one stopped, no archive
+        The volume must not be Target, unless no archive to which it is sent holds anything of it any more: stop
+        it first. Every other storage of the layout must be Standby or Clear, the primary archive Clear or
+        SyncReady, and all storages and proxies of the layout must answer; all this is checked before anything is
+        changed. Then a Stopped volume is reset and a Standby one stopped, no archive
         but the primary is fed any more, and the copy begins.
 
         Returns the generation that can be restored, once it can; None at once with `block=False`, when the
@@ -51,9 +53,11 @@ class Backup(Feeding):
         """
         bulk_b = self._backup_args(sx, vol, timeoutS, block, bulkSizeU, syncOpt) or _FULL_BULK_B
         primary, states = self._verify_group(sx, vol)
-        self._require_source(sx, vol, states[sx])
+        self._require_source(sx, vol, states[sx], [k.sTarget] if states[primary] in _EMPTY else [])
         hint = f"its old data must go first: walbc stop {primary.name} {vol}, walbc reset {primary.name} {vol}"
-        require_state(primary, vol, states[primary], [k.aClear, k.aSyncReady], hint)
+        require_state(primary, vol, states[primary], _EMPTY, hint)
+        if states[sx] == k.sTarget:
+            self._stop_target_without_archive(sx, vol, primary)
         self._prepare_backup(sx, vol, primary, syncOpt)
         job = self._begin_backup(sx, c.FullBackup(volume=vol, bulk_b=bulk_b))
         if not block:
@@ -72,9 +76,10 @@ class Backup(Feeding):
         """Send what differs from the primary archive's latest image, and back the volume up from then on.
 
         That continues a history whose log was lost: after an overflow, after lost metadata or diffs, or from
-        another storage. The volume must not be Target: stop it first. One whose log has overflowed stops by
-        itself, which is waited for. The primary archive must be active, with a base image; everything else is as
-        for `full_backup`. Diffs that proxies still hold are delivered first, where that is possible.
+        another storage. The volume must not be Target: stop it first. But one whose log is lost stops by itself,
+        which is waited for; and one is stopped for you when diffs were lost on their way, which is proved from
+        what the proxies and the archive hold. The primary archive must be active, with a base image; everything
+        else is as for `full_backup`. Diffs that proxies still hold are delivered first, where that is possible.
 
         Returns the new generation that can be restored, or None at once with `block=False`.
         """
@@ -87,7 +92,8 @@ class Backup(Feeding):
             k.aSyncReady: f"it holds nothing to compare with: walbc full-backup {vol} --storage {sx.name}",
         }.get(states[primary], "")
         require_state(primary, vol, states[primary], k.aActive, hint)
-        self._wait_for_stop_of_overflow(sx, vol, states[sx])
+        if states[sx] in k.sDuringStopForTarget:
+            self._stop_broken_target(sx, vol, primary)
         self._drain_proxies(vol, primary)
         self._prepare_backup(sx, vol, primary, syncOpt)
         known = max(self.get_restorable_gid(primary, vol, "all"), default=-1)
@@ -134,12 +140,6 @@ class Backup(Feeding):
             k.sClear: f"make it known first: walbc init-storage {vol} DEVICE --storage {sx.name}",
         }.get(state, "")
         require_state(sx, vol, state, [k.sSyncReady, k.sStandby, k.sStopped, *more], hint)
-
-    def _wait_for_stop_of_overflow(self, sx: Server, vol: str, state: str) -> None:
-        """Let a storage stop a volume by itself whose log has overflowed; refuse any other that is at work."""
-        if state in k.sDuringStopForTarget and self.is_overflow(sx, vol):
-            state = self.wait_for_state(sx, vol, k.sDuringStopForTarget, [k.sStopped], SHORT_TIMEOUT_SEC)
-        self._require_source(sx, vol, state)
 
     def _drain_proxies(self, vol: str, ax: Server) -> None:
         """Let the proxies deliver what they hold for an archive, as long as that goes on: it is dropped then."""

@@ -63,9 +63,9 @@ def test_full_backup_is_refused_before_anything_changes(big: FakeGroup) -> None:
     ctl = big.ctl
     refused_before_anything_changes(big, BadState, "walbc init-storage vol0")
     ctl.init_storage(big.s[0], "vol0", "/dev/x")
-    for state, words in (("Target", "walbc stop s0 vol0"), ("FullSync", "expected"), ("Broken", "expected")):
+    for state in ("FullSync", "Broken"):
         big.volume("s0").state = state
-        refused_before_anything_changes(big, BadState, words)
+        refused_before_anything_changes(big, BadState, "expected")
     big.volume("s0").state = "Standby"
     big.servers["s1"].volumes["vol0"] = FakeVolume("Target")
     refused_before_anything_changes(big, BadState, "go-standby vol0 --storage s1")
@@ -127,3 +127,35 @@ def test_final_kick_that_fails_is_a_warning(group: FakeGroup, capsys: pytest.Cap
     group.fail("p0", c.Kick, Refused("no"))
     assert group.ctl.full_backup(group.s[0], "vol0") == 1
     assert "warning: cannot kick the proxies: no" in capsys.readouterr().err
+
+
+# A Target: nothing but a lost archive is a reason to stop it
+
+
+def test_full_backup_of_a_target_is_refused(big: FakeGroup) -> None:
+    ctl = big.ctl
+    ctl.init_storage(big.s[0], "vol0", "/dev/x")
+    ctl.full_backup(big.s[0], "vol0")
+    refused_before_anything_changes(big, BadState, "walbc stop s0 vol0")
+    ctl.replicate(big.a[0], "vol0", big.a[1], True)
+    ctl.clear(big.a[0], "vol0")  # a1 has everything
+    refused_before_anything_changes(big, BadState, "a1, to which it is sent, may hold its history")
+    big.kill("a1")
+    refused_before_anything_changes(big, BadState, "a1, to which it is sent, does not answer")
+    big.revive("a1")
+    ctl.set_server_layout(big.layout.replace(archiveL=big.a[:1]))
+    refused_before_anything_changes(big, BadState, "a1, to which it is sent, may hold its history")
+
+
+def test_full_backup_of_a_target_whose_archive_lost_everything(
+    big: FakeGroup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ctl = big.ctl
+    ctl.init_storage(big.s[0], "vol0", "/dev/x")
+    ctl.full_backup(big.s[0], "vol0")
+    ctl.start_synchronizing(big.a[1], "vol0")  # which holds nothing
+    ctl.clear(big.a[0], "vol0")
+    big.requests.clear()
+    assert ctl.full_backup(big.s[0], "vol0") == 1
+    assert big.changes()[0] == "s0 stop vol0"
+    assert "no archive holds anything of vol0" in capsys.readouterr().err

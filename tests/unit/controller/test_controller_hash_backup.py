@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.kit.fake_group import FakeGroup, FakeVolume
-from walbd.controller import SyncOpt, backup
+from walbd.controller import SyncOpt, backup, targets
 from walbd.errors import BadState, Busy, ConnectError, Refused, TimedOut, UsageError
 from walbd.protocol import control as c
 from walbd.protocol.codec import Request
@@ -79,13 +79,38 @@ def test_hash_backup_while_the_storage_stops_by_itself(ready: FakeGroup, monkeyp
 def test_hash_backup_of_a_target_is_refused(ready: FakeGroup) -> None:
     with pytest.raises(BadState) as caught:
         ready.ctl.hash_backup(ready.s[0], "vol0")
-    assert caught.value.hint == "stop it first: walbc stop s0 vol0"
+    assert caught.value.hint == "to take a backup all the same, stop it first: walbc stop s0 vol0"
+    assert ready.changes() == []
+
+
+def test_a_target_is_stopped_when_diffs_are_lost_on_the_way(
+    ready: FakeGroup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup, "_STUCK_S", 0)
+    ready.volume("s0").gid = 9  # delivered to a proxy that has lost its data
+    ready.volume("p0").waiting["a0"] = [10]
+    ready.frozen = True
+    assert ready.ctl.hash_backup(ready.s[0], "vol0", block=False) is None
+    assert "diffs after generation 3 are lost before a0" in capsys.readouterr().err
+    assert ready.changes()[0] == "s0 stop vol0"
+
+
+def test_a_target_whose_diffs_still_come_is_refused(ready: FakeGroup) -> None:
+    ready.volume("s0").gid = 9
+    ready.volume("p0").waiting["a0"] = [4, 9]
+    ready.frozen = True
+    with pytest.raises(BadState, match="misses nothing"):
+        ready.ctl.hash_backup(ready.s[0], "vol0")
+    ready.volume("p0").waiting["a0"] = []
+    ready.kill("p0")  # it may have what is missing
+    with pytest.raises(ConnectError):
+        ready.ctl.hash_backup(ready.s[0], "vol0")
     assert ready.changes() == []
 
 
 def test_overflow_that_does_not_stop_the_volume(ready: FakeGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     ready.volume("s0").overflow = True
-    monkeypatch.setattr(backup, "SHORT_TIMEOUT_SEC", 0.05)
+    monkeypatch.setattr(targets, "SHORT_TIMEOUT_SEC", 0.05)
     with pytest.raises(TimedOut, match="Stopped at s0"):
         ready.ctl.hash_backup(ready.s[0], "vol0")
     assert ready.changes() == []

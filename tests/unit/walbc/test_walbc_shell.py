@@ -177,6 +177,19 @@ def test_volume_is_found_at_servers(group: FakeGroup, tmp_path: Path) -> None:
     assert "vol" not in names
 
 
+def test_the_storage_that_is_meant(tmp_path: Path) -> None:
+    with FakeGroup(storages=2) as group:
+        group.servers["s1"].volumes["vol0"] = FakeVolume("Standby")
+        assert "sx" not in variables(app_of(group, tmp_path))[0]
+        group.volume("s1").state = "Target"
+        assert variables(app_of(group, tmp_path))[0]["sx"].name == "s1"
+        more = '[volumes.vol0]\ntarget = "s0"\ndevices = { s0 = "/dev/a", s1 = "/dev/b" }\n'
+        names, _ = variables(app_of(group, tmp_path, more))
+        assert (names["sx"].name, names["wdev"].path) == ("s0", "/dev/a")
+        group.servers["s0"].volumes["vol0"] = FakeVolume("Target")
+        assert "sx" not in variables(app_of(group, tmp_path))[0]
+
+
 def test_names_that_are_no_identifiers(tmp_path: Path) -> None:
     with FakeGroup(archives=2) as group:
         text = group_toml(group)
