@@ -22,9 +22,7 @@ _D, _C, _T = (f"walbd.cli.walbc_{name}" for name in ("diffs", "copies", "setting
 SECTIONS: dict[str, dict[str, Late]] = {
     "Look": {
         "status": Late(f"{_S}:status", "The whole group on one screen: servers, volumes, lag, jobs, alarms."),
-        "info": Late(
-            "walbd.cli.walbc_info:info", "From when to when, and to what, a volume can be restored."
-        ),
+        "info": Late("walbd.cli.walbc_info:info", "From when to when, and to what, a volume can be restored."),
         "doctor": Late("walbd.cli.walbc_doctor:doctor", "Find what is wrong with the group, and mend it."),
         "shell": Late("walbd.cli.shell:shell", "Python, with the servers and the controller as variables."),
     },
@@ -69,6 +67,12 @@ SECTIONS: dict[str, dict[str, Late]] = {
         "del-cold": Late(f"{_D}:del_cold", "Remove a cold image."),
         "get-uuid": Late(f"{_I}:get_uuid", "Uuid of the log that is sent, or that a history continues."),
         "get-archive-uuid": Late(f"{_I}:get_archive_uuid", "Uuid of the lineage of images."),
+    },
+    "Policy": {
+        "policy": Late(
+            "walbd.cli.walbc_policy:policy", "Which points stay, and why: show, set, simulate, explain."
+        ),
+        "hold": Late("walbd.cli.walbc_policy:hold", "Points that no policy may remove: add, list, delete."),
     },
     "Copies": {
         "replicate": Late(f"{_C}:replicate", "Bring a volume at another archive up to date."),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from walbd.controller.policy import Policies
 from walbd.controller.replication import Replication
 from walbd.controller.settings import Settings
 
 
-class Controller(Replication, Settings):
+class Controller(Replication, Settings, Policies):
     """Operations on a backup group.
 
     ``Controller(controllerPath, sLayout, isDebug=False, timeoutS=0)``: `controllerPath` is accepted for scripts
