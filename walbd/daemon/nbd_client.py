@@ -167,12 +167,15 @@ async def open_reader(address: Address, export: str = "", *, timeout_s: float = 
             else:
                 _, reader = await loop.create_connection(make, address.host, address.port)
             await reader.ready
-            return reader
+            opened, reader = reader, None
+            return opened
     except TimeoutError as exc:  # before OSError, of which it is one
-        if reader is not None:
-            reader.abort()
         raise TimedOut("the NBD server did not answer in time", address=str(address)) from exc
     except OSError as exc:
         raise ConnectError(
             "cannot connect to the NBD server", address=str(address), reason=exc.strerror or str(exc)
         ) from exc
+    finally:
+        if reader is not None:  # also when the caller was cancelled
+            reader.ready.cancel()
+            reader.abort()
