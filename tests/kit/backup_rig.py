@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from tests.kit.fake_device import FakeDevice
 from tests.kit.feeder import ArchiveRig
 from tests.kit.proxy_rig import ProxyRig
-from tests.kit.storage_rig import DEVICE, VOL, Rig
+from tests.kit.storage_rig import DEADLINE_S, DEVICE, VOL, Rig
+from walbd.errors import RemoteError
 from walbd.protocol import control as c
 from walbd.protocol.base import JobInfo, JobState
 
@@ -78,8 +80,16 @@ class BackupRig:
         return await self.storage.job(await self.begin_hash_backup(**options))
 
     async def done_hash_backup(self, **options: Any) -> int:
-        """Run a hash backup that must succeed; return its generation."""
-        info = await self.hash_backup(**options)
+        """Run a hash backup that must succeed, when the archive takes no diff; return its generation."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + DEADLINE_S
+        while True:
+            try:
+                info = await self.hash_backup(**options)
+                break
+            except RemoteError as exc:
+                if exc.remote_code != "busy" or loop.time() > deadline:
+                    raise
         assert info.state is JobState.DONE, info
         return int(info.result["gid"] or 0)
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.kit.backup_rig import BackupRig
 from tests.kit.storage_rig import VOL
 from walbd.daemon import hash_sync
+from walbd.daemon.conn import Connection
 from walbd.errors import RemoteError
+from walbd.format.meta import Snapshot
 from walbd.fs import failpoints
+from walbd.ids import NO_GID, Gid
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
 from walbd.protocol.base import GetJobs, JobState
+from walbd.protocol.sync import HashBackupOffer
+from walbd.protocol.transfer import BackupAccepted
 from walbd.units import KIB, LB
 
 
@@ -317,3 +322,51 @@ async def test_a_device_that_grew(tmp_path: Path) -> None:
         await rig.until_archived(gid)
         assert await rig.image(gid) == bytes(rig.device.data)
         assert len(rig.device.data) == 4096 * LB
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        BackupAccepted(),
+        BackupAccepted(latest=Snapshot.clean(3)),  # an image of no size
+        BackupAccepted(latest=Snapshot.clean(3), size_lb=100),
+        BackupAccepted(latest=Snapshot(Gid(3), Gid(1 << 63)), size_lb=2048),
+        BackupAccepted(latest=Snapshot.clean(NO_GID), size_lb=2048),
+    ],
+)
+async def test_an_archive_that_cannot_compare(tmp_path: Path, answer: BackupAccepted) -> None:
+    """Its answer makes no sense: the log is not thrown away for it."""
+    rig = BackupRig(tmp_path)
+
+    async def accept(conn: Connection, _offer: HashBackupOffer) -> None:
+        await conn.send(answer)
+        await conn.receive()
+
+    async with rig.running():
+        cast(Any, rig.archive.server._server._handlers)[HashBackupOffer] = accept
+        uuid = rig.device.uuid
+        with pytest.raises(RemoteError) as caught:
+            await rig.begin_hash_backup()
+        assert caught.value.remote_code == "remote-protocol"
+        assert rig.device.uuid == uuid
+        assert await rig.storage.state() == "SyncReady"
+
+
+async def test_a_graceful_stop_waits_for_the_backup(tmp_path: Path) -> None:
+    rig = BackupRig(tmp_path)
+    rig.device.scribble(30)
+    async with rig.running():
+        await rig.full_backup()
+        await rig.snapshot()
+        await to_sync_ready(rig)
+        await rig.storage.call(c.SetFullScanBps(bytes_per_s=1))
+        job = await rig.begin_hash_backup()
+        await scanning(rig)
+        stop = (await rig.storage.call(c.Stop(volume=VOL))).job
+        await rig.storage.call(c.SetFullScanBps(bytes_per_s=0))
+        assert (await rig.storage.job(job)).state is JobState.DONE
+        assert (await rig.storage.job(stop)).state is JobState.DONE
+        assert await rig.storage.state() == "Stopped"
+        await rig.storage.start_volume()
+        gid, image = await rig.snapshot()
+        assert await rig.image(gid) == image

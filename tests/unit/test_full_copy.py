@@ -69,7 +69,7 @@ def reader(image: bytes, latency_s: float = 0.0) -> Callable[[int, int], Awaitab
     return read
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_the_copy_is_exact(data: st.DataObject, seed: int) -> None:
     """From the beginning or from the middle; with a part behind the end of the data, which reads as zeros."""

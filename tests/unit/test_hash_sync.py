@@ -36,7 +36,7 @@ from walbd.units import KIB, LB, MIB
 BULK_B = 4 * KIB
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_the_destination_becomes_the_source(data: st.DataObject, seed: int) -> None:
     """Whatever the images, bulks and ranges, and whatever order the work comes in."""
