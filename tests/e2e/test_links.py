@@ -17,7 +17,7 @@ SLACK = MIB // 4  # offers, headers, and what lies in sockets when a link is cut
 OPTIONS = {
     "storage": ["--wlog-send-size-max", "2m", "--io-timeout-s", "2", "--proxy-check-interval-s", "1"],
     "proxy": ["--wdiff-send-size-max", "2m", "--io-timeout-s", "2"],
-    "archive": ["--io-timeout-s", "2"],
+    "archive": ["--io-timeout-s", "2", "--fsync-interval-b", "1m"],  # where a full copy can go on
 }
 
 
@@ -166,3 +166,88 @@ def test_full_backup_is_cut(group: Group, volume: Volume, fault: str) -> None:
     gid = group.ctl.full_backup(s0, "vol0", timeoutS=WAIT_S)
     assert gid is not None
     assert group.restored(volume, gid) == volume.model
+
+
+def test_hash_backup_is_cut(group: Group, volume: Volume) -> None:
+    """It fails and costs no restore point; given again, the whole volume is compared, and what differs is sent."""
+    s0, a0, link = group.s[0], group.a[0], group.link("s0", "a0")
+    points = group.ctl.get_restorable_gid(a0, "vol0")
+    group.ctl.stop(s0, "vol0")
+    fill(volume, 6 * MIB)
+    link.cut_after(3 * MIB)
+    with pytest.raises(WalbError):
+        group.ctl.hash_backup(s0, "vol0", timeoutS=WAIT_S)
+    wait_until(lambda: group.ctl.get_state(a0, "vol0") == "Archived", "the archive to give it up")
+    assert group.ctl.get_state(s0, "vol0") == sSyncReady
+    assert group.ctl.get_restorable_gid(a0, "vol0") == points
+    link.heal()
+    sent = Sent(link)
+    gid = group.ctl.hash_backup(s0, "vol0", timeoutS=WAIT_S)
+    assert gid is not None
+    assert sent.b < 6 * MIB + SLACK
+    assert group.restored(volume, gid) == volume.model
+    assert set(points) <= set(group.ctl.get_restorable_gid(a0, "vol0"))
+
+
+def test_full_replication_is_cut_and_goes_on(group: Group, volume: Volume) -> None:
+    """What the destination has made durable is not sent again."""
+    a0, a1, link = *group.a, group.link("a0", "a1")
+    group.ctl.clear(a1, "vol0")
+    fill(volume, 8 * MIB)
+    gid = group.snapshot(volume)
+    group.ctl.apply(a0, "vol0", gid, timeoutS=WAIT_S)
+    sent = Sent(link)
+    link.cut_after(6 * MIB)
+    with pytest.raises(WalbError):
+        group.ctl.replicate_once(a0, "vol0", a1, timeoutS=WAIT_S)
+    wait_until(lambda: group.ctl.get_state(a1, "vol0") == sSyncReady, "the destination to give it up")
+    link.heal()
+    group.ctl.replicate_once(a0, "vol0", a1, timeoutS=WAIT_S)
+    assert sent.b < 8 * MIB + PIECE + SLACK
+    assert group.restored(volume, gid, archive=1) == volume.model
+
+
+def test_diff_replication_is_cut_and_goes_on(group: Group, volume: Volume) -> None:
+    a0, a1, link = *group.a, group.link("a0", "a1")
+    replica(group)
+    for _ in range(4):
+        fill(volume, 2 * MIB)
+        group.snapshot(volume)
+    sent = Sent(link)
+    link.cut_after(5 * MIB)
+    with pytest.raises(WalbError):
+        group.ctl.replicate_once(a0, "vol0", a1, timeoutS=WAIT_S, dontMerge=True)
+    reached = group.ctl.get_latest_snapshot_info(a1, "vol0")["vol0"]
+    link.heal()
+    gid = group.ctl.replicate_once(a0, "vol0", a1, timeoutS=WAIT_S, dontMerge=True)
+    assert reached < gid
+    assert sent.b < 8 * MIB + PIECE + SLACK
+    assert group.restored(volume, gid, archive=1) == volume.model
+
+
+@pytest.mark.parametrize("resync", [False, True], ids=["hash", "resync"])
+def test_comparing_replication_is_cut_and_goes_on(group: Group, volume: Volume, resync: bool) -> None:
+    """Only what differs is sent, and a resync does not send again what was written already."""
+    a0, a1, link = *group.a, group.link("a0", "a1")
+    replica(group)
+    fill(volume, 6 * MIB)
+    gid = group.snapshot(volume)
+    group.ctl.apply(a0, "vol0", gid, timeoutS=WAIT_S)  # the diffs from there on are gone
+    sent = Sent(link)
+    link.cut_after(3 * MIB)
+    with pytest.raises(WalbError):
+        group.ctl.replicate_once(a0, "vol0", a1, timeoutS=WAIT_S, doResync=resync)
+    link.heal()
+    again = Sent(link)
+    group.ctl.replicate_once(a0, "vol0", a1, timeoutS=WAIT_S, doResync=resync)
+    assert again.b < 6 * MIB + SLACK
+    assert sent.b < 9 * MIB + SLACK
+    assert group.restored(volume, gid, archive=1) == volume.model
+
+
+def replica(group: Group) -> None:
+    """Bring the second archive up to the first, whatever it has."""
+    a0, a1 = group.a
+    if group.ctl.get_state(a1, "vol0") not in ("Clear", sSyncReady):
+        group.ctl.clear(a1, "vol0")
+    group.ctl.replicate_once(a0, "vol0", a1, timeoutS=WAIT_S)

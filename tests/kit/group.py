@@ -180,7 +180,10 @@ class Group:
         self.processes[name].kill()
         base = self.root / name
         for path in [base / volume] if volume else list(base.iterdir()):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def fill(self, name: str) -> None:
         """Fill the disk of a daemon. Without a disk of its own it restarts, and takes all space for reserved."""

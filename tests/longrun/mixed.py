@@ -61,6 +61,7 @@ class MixedRun:
                 self.mend()
             for volume in group.volumes.values():
                 volume.stop_load()
+            self.mend(implicit_max=40)
         for name, (good, bad) in sorted(self.done.items()):
             self._say(f"{name}: {good} done, {bad} failed")
 
@@ -91,7 +92,7 @@ class MixedRun:
 
     # Repair
 
-    def mend(self) -> None:
+    def mend(self, implicit_max: int = 5) -> None:
         """Bring everything up again, as an operator does; then all archives get everything, and all is exact."""
         group = self.group
         group.heal()
@@ -104,7 +105,7 @@ class MixedRun:
         for volume in group.volumes.values():
             wait_until(partial(self._mend, volume), f"{volume.name} to be mended", timeout_s=MEND_S)
         for volume in group.volumes.values():
-            found = group.check_all(volume, implicit_max=20)
+            found = group.check_all(volume, implicit_max=implicit_max)
             self._say(f"exact: {volume.name} " + ", ".join(f"{len(g)} at {name}" for name, g in found.items()))
 
     def _mend(self, volume: Volume) -> bool:
@@ -145,6 +146,9 @@ class MixedRun:
             if ctl.get_state(a, vol) == "Archived" and group.status(a, vol).size_lb * LB < len(volume.model):
                 ctl.resize_archive(a, vol, len(volume.model) // MIB, True)
                 ctl.resize(vol, len(volume.model) // MIB, True)
+        for leg in volume.legs:
+            if ctl.get_state(group.server(leg.storage), vol) == "Clear":
+                ctl.init_storage(group.server(leg.storage), vol, str(leg.directory))
         storages = self._storages(volume)
         states = {s: ctl.get_state(s, vol) for s in storages}
         targets = [s for s, state in states.items() if state == "Target"]
@@ -293,6 +297,12 @@ class MixedRun:
         self.group.kill(*names)
         time.sleep(rng.random())
 
+    def wipe(self, volume: Volume, rng: random.Random) -> None:
+        name = rng.choice([s.name for s in self.group.servers])
+        self._say(f"  wipe {name} {volume.name}")
+        self.group.wipe(name, volume.name)
+        self.group.start(name)
+
     def restart(self, volume: Volume, rng: random.Random) -> None:
         name = rng.choice(list(self.group.processes))
         self._say(f"  restart {name}")
@@ -361,6 +371,7 @@ OPERATIONS: Final[list[tuple[int, Callable[[MixedRun, Volume, random.Random], No
     (2, MixedRun.resize),
     (1, MixedRun.kick),
     (6, MixedRun.kill),
+    (2, MixedRun.wipe),
     (6, MixedRun.restart),
     (6, MixedRun.start),
     (2, MixedRun.pause),
