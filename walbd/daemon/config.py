@@ -45,7 +45,9 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     insecure: Annotated[bool, Meta(description="allow a non-loopback address without TLS")] = False
     connections_max: Annotated[Count, Meta(description="connections served at the same time", extra=LIVE)] = 100
     io_timeout_s: Annotated[Delay, Meta(description="deadline of each network read and write", extra=LIVE)] = 30.0
-    connect_timeout_s: Annotated[Delay, Meta(description="deadline of a connection attempt", extra=LIVE)] = 10.0
+    connect_timeout_s: Annotated[
+        Delay, Meta(description="deadline of a connection attempt and its greeting", extra=LIVE)
+    ] = 10.0
     retry_delay_min_s: Annotated[Delay, Meta(description="delay after a first failure", extra=LIVE)] = 1.0
     retry_delay_max_s: Annotated[Delay, Meta(description="cap of the doubling delay", extra=LIVE)] = 30.0
     log_level: Annotated[LogLevel, Meta(description="least level of log lines", extra=LIVE)] = "info"
