@@ -29,7 +29,7 @@ from walbd.controller.servers import Server
 from walbd.errors import WalbError, exit_code_of
 from walbd.protocol.control import GetState, GetVolumes, TextValue
 
-_PROMPTS: Final = re.compile(r"^(?:python> |walbc> |>>> |\.\.\. )")  # of lines that are pasted from a document
+_PROMPTS: Final = re.compile(r"^(?:(?:python>|walbc>|>>>) +|\.\.\. )")  # of lines that are pasted from a document
 _HISTORY: Final = Path("~/.walbc_history")
 _PROBE_S: Final = 2.0  # for servers to say which volumes there are
 

@@ -232,6 +232,8 @@ def test_banner(group: FakeGroup, tmp_path: Path) -> None:
 def test_prompts_are_cut_off() -> None:
     assert without_prompt("python> f()") == "f()"
     assert without_prompt(">>> f()") == "f()"
+    assert without_prompt("python>  f()") == "f()"
+    assert without_prompt("...     f()") == "    f()"
     assert without_prompt("    ...") == "    ..."
     assert without_prompt("f('python> ')") == "f('python> ')"
 
