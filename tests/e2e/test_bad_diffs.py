@@ -19,7 +19,7 @@ from walbd.format.meta import Diff, Snapshot
 from walbd.protocol.base import End, Ok
 from walbd.protocol.transfer import Verdict, WdiffChunk, WdiffOffer
 
-DATA = {3: b"bad!" * 128}
+DATA: dict[int, bytes | str] = {3: b"bad!" * 128}
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,10 @@ from tests.kit.relay import Link, Relay
 from tests.kit.routes import RoutedClient
 from tests.kit.volume import Leg, Volume
 from walbd.controller import Controller, ServerConnectionParam, ServerLayout
+from walbd.controller.doctor.mend import Doctor
+from walbd.controller.layout import GroupLayout, VolumeEntry
 from walbd.errors import WalbError
-from walbd.protocol.control import FullBackup, GetStatus, HashBackup, VolumeStatus
+from walbd.protocol.control import FullBackup, GetState, GetStatus, HashBackup, VolumeStatus
 
 __all__ = ["WAIT_S", "Group", "Inexact", "Leg", "Process", "Volume", "free_port", "run_walbd", "wait_until"]
 
@@ -240,6 +242,22 @@ class Group:
             done = run_walbd("device", "resize", volume.name, str(size_b), "--base-dir", base)
             assert done.returncode == 0, done.stderr
         volume.grow(size_b)
+
+    def doctor(self, volume: str = "") -> Doctor:
+        """Return a doctor who knows which storages are to back the volumes up: those that do, or the first."""
+        entries = {}
+        for name, vol in self.volumes.items():
+            storages = [self.server(leg.storage) for leg in vol.legs]
+            states = self.ctl.ask_each(storages, GetState(volume=name))
+            active = [s for s, state in states.items() if getattr(state, "value", "") in ("Target", "Stopped")]
+            devices = {leg.storage: str(leg.directory) for leg in vol.legs}
+            entries[name] = VolumeEntry(name=name, target=[*active, *storages][0], devices=devices)
+        return Doctor(self.ctl, GroupLayout(self.ctl.sLayout, volumes=entries), vol=volume, pause_s=1.0)
+
+    def follow(self) -> None:
+        """Take over the order of the archives from the layout of the controller, after it has promoted one."""
+        self.layout = self.ctl.sLayout
+        self.a = [self.server(server.name) for server in self.layout.archiveL]
 
     def status(self, server: ServerConnectionParam, volume: str) -> VolumeStatus:
         """Return what a server says of a volume."""

@@ -28,12 +28,14 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from tests.kit.group import WAIT_S, Group, Volume, wait_until
 from tests.kit.relay import Link
+from walbd.controller.doctor.findings import Finding
+from walbd.controller.doctor.mend import Allowed
 from walbd.errors import WalbError, code_of
 from walbd.units import LB, parse_size
 
@@ -399,6 +401,15 @@ class Script:
             "none"
         ]
 
+    def do_doctor(self, volume: str = "") -> None:
+        """doctor [VOL]: what `walbc doctor` finds."""
+        self._out += found_by(self.group.doctor(volume).look()) or ["nothing"]
+
+    def do_mend(self, volume: str = "") -> None:
+        """mend [VOL]: `walbc doctor --fix --yes`; says what is left."""
+        outcome = self.group.doctor(volume).fix(Allowed(yes=True))
+        self._out += found_by(outcome.left) or ["mended" if outcome.is_well else "not verified"]
+
     def do_wait_alarm(self, code: str, volume: str = "") -> None:
         """wait-alarm CODE [VOL]"""
         ctl = self.group.ctl
@@ -407,6 +418,11 @@ class Script:
     def do_wait_quiet(self, volume: str = "") -> None:
         """wait-quiet [VOL]: wait until there are no alarms."""
         wait_until(lambda: not self.group.ctl.overview(volume).alarms, "no alarms")
+
+
+def found_by(findings: Sequence[Finding]) -> list[str]:
+    """Write findings of the doctor: code, server, volume."""
+    return sorted(" ".join(word for word in (f.code, f.server, f.volume) if word) for f in findings)
 
 
 def main(args: list[str]) -> int:

@@ -15,7 +15,7 @@ from tests.longrun.mixed import MixedRun
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.longrun", description=__doc__)
-    parser.add_argument("--mode", choices=["mixed", "kills"], default="mixed")
+    parser.add_argument("--mode", choices=["mixed", "doctor", "kills"], default="mixed")
     parser.add_argument("--seed", type=int, help="which sequence of operations; default: a random one")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--keep", action="store_true", help="keep the directory")
@@ -27,7 +27,7 @@ def main() -> int:
         if args.mode == "kills":
             run_kills(root, seed=seed, seconds=args.minutes * 60)
         else:
-            MixedRun(root, seed).run(args.minutes * 60)
+            MixedRun(root, seed, by_doctor=args.mode == "doctor").run(args.minutes * 60)
     except Exception:
         traceback.print_exc()
         print(f"FAILED: seed {seed}; logs and data are in {root}")

@@ -18,7 +18,9 @@ from typing import Final
 
 from tests.kit.group import Group, Inexact, Volume, wait_until
 from tests.kit.nbd import NbdError
+from tests.kit.script import found_by
 from walbd.controller import ServerConnectionParam as Server
+from walbd.controller.doctor.mend import Allowed
 from walbd.errors import WalbError
 from walbd.units import LB, MIB
 
@@ -35,10 +37,11 @@ _OWN_OPTIONS: Final = {"storage": ["--proxy-check-interval-s", "1"], "archive": 
 class MixedRun:
     """One long run."""
 
-    def __init__(self, root: Path, seed: int) -> None:
+    def __init__(self, root: Path, seed: int, *, by_doctor: bool = False) -> None:
         self.group = Group(root, storages=2, proxies=2, archives=2, options=_OWN_OPTIONS)
         self.group.show_logs = False  # they stay in the directory
         self.seed = seed
+        self.by_doctor = by_doctor
         self.step = 0
         self.done: dict[str, list[int]] = {}  # operation: [succeeded, failed]
         self._began = time.monotonic()
@@ -102,11 +105,24 @@ class MixedRun:
         group.start()
         for volume in group.volumes.values():
             self._rejoin(volume)
+        if self.by_doctor:
+            self._call_doctor()
         for volume in group.volumes.values():
             wait_until(partial(self._mend, volume), f"{volume.name} to be mended", timeout_s=MEND_S)
         for volume in group.volumes.values():
             found = group.check_all(volume, implicit_max=implicit_max)
             self._say(f"exact: {volume.name} " + ", ".join(f"{len(g)} at {name}" for name, g in found.items()))
+
+    def _call_doctor(self) -> None:
+        """Nobody but the doctor repairs anything; then nothing may be left for us to do."""
+        allowed = Allowed(yes=True, lose=frozenset(self.group.volumes))
+        for _ in range(3):
+            outcome = self.group.doctor().fix(allowed, tell=lambda text: self._say(f"doctor {text}"))
+            self.group.follow()
+            if outcome.is_well:
+                return
+        left = "; ".join(found_by(outcome.left)) + "; ".join(str(v.error) for v in outcome.verified if v.error)
+        raise AssertionError(f"the doctor leaves: {left}")
 
     def _mend(self, volume: Volume) -> bool:
         """Do what is missing next; true when nothing is, and the archives have everything."""
