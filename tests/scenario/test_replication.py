@@ -20,7 +20,7 @@ from walbd.errors import RemoteError
 from walbd.fs import failpoints
 from walbd.protocol import control as c
 from walbd.protocol.base import JobState, Ok
-from walbd.protocol.maintenance import ForgetReplica, GetGaps, GetReplicaPositions
+from walbd.protocol.maintenance import ForgetReplica, GetGaps, GetReplicaPositions, Merge
 from walbd.protocol.sync import ReplicateOffer, ReplicateState
 from walbd.protocol.transfer import Verdict
 from walbd.units import LB, MIB
@@ -264,6 +264,28 @@ async def test_what_arrives_meanwhile(group: Group, monkeypatch: pytest.MonkeyPa
     at_each_look(monkeypatch, None)
     await group.replicate(0, 1)
     assert (await group.check(feed, 1))[-1] == feed.gid == 7
+
+
+async def test_merges_and_restores_beside_it(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging leaves the place where the destination stands, and an apply is kept out."""
+    feed = await group.feed()
+    await feed.step(2)
+    await group.init(1)
+    await group.replicate(0, 1)
+    await feed.step(4)
+
+    async def beside() -> None:
+        assert (await group[0].job(Merge(volume=VOL, gid_b=2, gid_e=6))).state is JobState.DONE
+        with pytest.raises(RemoteError, match="must be kept"):
+            await group[0].call(Merge(volume=VOL, gid_b=0, gid_e=6))
+        with pytest.raises(RemoteError, match="excludes"):
+            await group[0].call(c.Apply(volume=VOL, gid=2))
+        assert await group[0].restored_image(VOL, 2) == feed.images[2]
+
+    at_each_look(monkeypatch, beside)
+    info = await group.replicate(0, 1, dont_merge=True)
+    assert info.result["rounds"] == 1
+    assert await group.check(feed, 1) == [0, 2, 6]
 
 
 async def test_proxies_send_to_the_destination_between_rounds(
