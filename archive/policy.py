@@ -150,18 +150,20 @@ class PolicyRunner:
             for replication in self.policy_of(volume).replications:
                 self._remote.hurry((name, replication.name))
 
-    async def stand_aside(self, name: str) -> None:
-        """Begin nothing for a volume for a while, as an operator wants something of it; wait for a short step."""
+    async def stand_aside(self, name: str, minds: tuple[type[Action], ...] = (Merge, Apply)) -> None:
+        """Begin nothing for a volume for a while, as somebody wants something of it that `minds` such steps.
+
+        Returns when none runs, or one that runs takes too long: then the request is refused, and says why.
+        """
         volume = self._volumes.get(name)
         if volume is None:
             return
         self._watch(volume).aside = asyncio.get_running_loop().time() + _ASIDE_S
-        if name in self._acting:
-            try:
-                async with asyncio.timeout(_PATIENCE_S):
-                    await self._changed.wait_for(lambda: name not in self._acting)
-            except TimeoutError:
-                pass  # the request is refused, and says why
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                await self._changed.wait_for(lambda: not isinstance(self._acting.get(name), minds))
+        except TimeoutError:
+            pass
 
     @property
     def acting(self) -> int:

@@ -14,7 +14,7 @@ from walbd.daemon.conn import Connection
 from walbd.daemon.env import Clock, Pool, Pools
 from walbd.daemon.server import Handler
 from walbd.errors import NotFound, UsageError
-from walbd.format.planning import verdicts_on
+from walbd.format.planning import Apply, Merge, verdicts_on
 from walbd.format.policy import Policy
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
@@ -26,26 +26,22 @@ from walbd.protocol.transfer import FullBackupOffer, WdiffOffer
 
 HOLDS_MAX: Final = 10_000
 
-# What a merge or an apply of the policy could be in the way of: it is waited for, and nothing new is begun.
-ASIDE: Final[frozenset[type[Request[Any]]]] = frozenset(
+# What a merge, or only an apply, of the policy is in the way of: it is waited for, and nothing new is begun.
+MINDS_MERGES: Final[frozenset[type[Request[Any]]]] = frozenset(
     {
         c.Apply,
         c.GcDiff,
         c.Resize,
-        c.Restore,
-        c.Stop,
         m.AddHold,
-        m.BlockHash,
-        m.DelCold,
         m.DisableSnapshot,
         m.EnableSnapshot,
         m.Merge,
         m.Replicate,
-        m.Scrub,
-        m.VirtFullScan,
         HashBackupOffer,
-        ReplicateOffer,
     }
+)
+MINDS_APPLIES: Final[frozenset[type[Request[Any]]]] = frozenset(
+    {c.Restore, m.BlockHash, m.VirtFullScan, ReplicateOffer}
 )
 # After these the policy looks at the whole volume again.
 CHANGING: Final[frozenset[type[Request[Any]]]] = frozenset(
@@ -93,13 +89,14 @@ class PolicyRequests:
         return {kind: self._wrapped(kind, handler) for kind, handler in handlers.items()}
 
     def _wrapped(self, kind: type[Request[Any]], handler: Handler) -> Handler:
-        aside, changing = kind in ASIDE, kind in CHANGING
-        if not (aside or changing or kind in COMING):
+        minds = (Merge, Apply) if kind in MINDS_MERGES else (Apply,) if kind in MINDS_APPLIES else ()
+        changing = kind in CHANGING
+        if not (minds or changing or kind in COMING):
             return handler
 
         async def serve(conn: Connection, request: Any) -> Message | None:
-            if aside:
-                await self._runner.stand_aside(request.volume)
+            if minds:
+                await self._runner.stand_aside(request.volume, minds)
             try:
                 return await handler(conn, request)
             finally:

@@ -84,12 +84,18 @@ class SimVolume:
             case Merge():
                 for gid in action.release:
                     assert self.diffs.change_snapshot(gid, enable=False).changed
-                parts = [self.diffs.find(diff.begin, diff.end) for diff in action.diffs]
-                found = [diff for diff in parts if diff is not None]
+                found = list(action.diffs)
+                if action.release:  # their flags have changed
+                    found = [diff for old in action.diffs if (diff := self.diffs.find(old.begin, old.end))]
                 assert len(found) == len(action.diffs) > 1
+                assert all(diff in self.diffs for diff in found[:: len(found) - 1])
                 total_b = sum(diff.size_b for diff in found)
-                merged = merge_all(found) if len(found) < 3 else Diff(
-                    found[0].begin, found[-1].end, mergeable=found[0].mergeable, timestamp=found[-1].timestamp
+                merged = (
+                    merge_all(found)
+                    if len(found) < 3
+                    else Diff(
+                        found[0].begin, found[-1].end, mergeable=found[0].mergeable, timestamp=found[-1].timestamp
+                    )
                 )
                 self.diffs.add(replace(merged, size_b=min(total_b, self.size_b)))
                 self.diffs.erase_all(found)

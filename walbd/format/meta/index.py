@@ -99,7 +99,10 @@ class DiffIndex:
         self._size_b += diff.size_b
         self._entries[diff] = entry
         self._ordered.add(entry)
-        self._by_length.setdefault(_length_class(diff), _by_begin()).add(entry)
+        length = _length_class(diff)
+        if length not in self._by_length:
+            self._by_length[length] = _by_begin()
+        self._by_length[length].add(entry)
         if diff.comp:
             self._compared.setdefault(diff.begin.gid_b, []).append(entry)
 
