@@ -70,6 +70,8 @@ def judge(volume: Volume | None, offer: WdiffOffer, sender: Kind, *, auto_resize
         return Verdict.BUSY
     if machine.during is not None or machine.state is not State.ARCHIVED:
         return Verdict.NOT_READY
+    if sender is Kind.PROXY and volume.record.uuid == NIL_UUID.hex():
+        return Verdict.NOT_READY  # a replication has still to tell the history: nobody may throw anything away
     if sender is Kind.PROXY and offer.uuid.hex() != volume.record.uuid:
         return Verdict.DIFFERENT_UUID
     if offer.size_lb > volume.size_lb and not auto_resize:

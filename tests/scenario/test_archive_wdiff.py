@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.kit.feeder import CONTROL, NOW, PROXY, STORAGE, ArchiveRig, Feed, make_wdiff, offer_wdiff
@@ -108,6 +109,11 @@ async def test_verdicts_of_an_archived_volume_in_order(feed: Feed) -> None:
     with feed.rig.volume(VOL).machine.stop_flag(StopMode.GRACEFUL):
         assert await ask(feed, **ALL_WRONG) == "stopping"
     assert await ask(feed, **ALL_WRONG) is Verdict.DIFFERENT_UUID
+    volume = feed.rig.volume(VOL)
+    record = volume.record
+    volume.record = msgspec.structs.replace(record, uuid=NIL_UUID.hex())  # a replication has not told it yet
+    assert await ask(feed, **ALL_WRONG) is Verdict.NOT_READY
+    volume.record = record
     assert await ask(feed, **(ALL_WRONG | {"uuid": feed.uuid})) is Verdict.SMALLER
     assert await ask(feed, clean(0, 1)) is Verdict.TOO_OLD
     assert await ask(feed, clean(1, 3)) is Verdict.TOO_OLD
