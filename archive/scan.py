@@ -41,17 +41,23 @@ async def run_hash(volume: Volume, request: HashRequest, size_b: int, job: Job) 
 
     The caller holds the action.
     """
+
+    async def giving_up() -> None:
+        volume.check_force()
+
     total = BlockHash()
     step_b = max(STEP_B // request.bulk_b, 1) * request.bulk_b
     pools = volume.place.env.pools
     job.begin("opening")
     async with open_virtual(volume, request.gid, Pool.QUERY) as image:
         job.begin("hashing", size_b)
+        rest = _Rest(request.sleep_percent)
         for at in range(0, size_b, step_b):
             volume.check_force()
             end = min(at + step_b, size_b)
             await pools.run(Pool.QUERY, _hash, image, total, at, end, request.bulk_b)
             job.progress(end)
+            await rest.spend(end - at, giving_up)
     return {"hash": total.digest().hex(), "gid": request.gid, "size_b": size_b, "bulk_b": request.bulk_b}
 
 

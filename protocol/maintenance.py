@@ -99,6 +99,7 @@ class BlockHash(Request[JobAccepted]):
     gid: U64
     bulk_b: Bulk = 64 << 10
     size_lb: U64 = 0  # 0: the whole volume
+    sleep_percent: Annotated[int, msgspec.Meta(ge=0, le=99)] = 0  # share of the time to rest
 
 
 @message("scan-begin")

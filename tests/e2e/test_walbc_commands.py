@@ -20,7 +20,8 @@ ARGS = {
     "JOB": "1", "[BULK]": "64k", "[all]": "all", "0|1": "1", "[SECONDS]": "0", "[MODE]": "force",
     "[COMPRESS]": "lz4:1:1", "[DELAY]": "1", "LSID": "0", "[HOST:PORT,...]": "127.0.0.1:2", "GIDB": "1",
     "gid|size": "gid", "GIDE|MIB": "3", "GID|MIB": "3", "[RESYNC]": "0", "[DONTMERGE]": "1", "[MERGESIZE]": "2m",
-    "[zeroclear]": "zeroclear", "GID...": "1", "[SIZE]": "1m", "BB": "1", "BE": "1", "EB": "2", "EE": "2",
+    "[SLEEP%]": "1", "[zeroclear]": "zeroclear", "GID...": "1", "[SIZE]": "1m",
+    "BB": "1", "BE": "1", "EB": "2", "EE": "2",
     "UUID": "0" * 32, "STATE": "Stopped", "METASTATE": "<|1|>-20270115080000", "ARG...": "true",
 }  # fmt: skip
 REFUSED_HERE = ("exec", "sleep", "shutdown", "virt-full-scan")  # the last two are tried on their own

@@ -22,6 +22,14 @@ GID_RANGE = (
     click.argument("gid1", metavar="[GIDE]", type=click.IntRange(0, UINT64_MAX), default=UINT64_MAX),
 )
 BULK = click.option("--bulk", metavar="SIZE", help="Work in pieces of this size.  [default: 64k]")
+REST = click.option(
+    "--rest",
+    "rest_percent",
+    metavar="PERCENT",
+    type=click.IntRange(0, 99),
+    default=0,
+    help="Share of the time in which the archive rests.",
+)
 SIZE = click.option("--size", metavar="SIZE", help="Only the beginning of the volume.")
 
 
@@ -135,16 +143,24 @@ def gaps(app: App, vol: str, archive: str | None) -> None:
 @ARCHIVE
 @BULK
 @SIZE
+@REST
 @TIMEOUT
 def block_hash(
-    app: App, vol: str, gid: int, archive: str | None, bulk: str | None, size: str | None, timeout_s: float
+    app: App,
+    vol: str,
+    gid: int,
+    archive: str | None,
+    bulk: str | None,
+    size: str | None,
+    rest_percent: int,
+    timeout_s: float,
 ) -> None:
     """Print a hash of the image of a snapshot: equal at archives that hold the same.
 
     Hashes can be compared only when --bulk and --size were the same.
     """
     ax = app.archive(archive)
-    value = app.ctl.get_block_hash(ax, vol, gid, bulk or "64k", size, timeout_s)
+    value = app.ctl.get_block_hash(ax, vol, gid, bulk or "64k", size, timeout_s, rest_percent)
     app.tell({"volume": vol, "archive": ax.name, "gid": gid, "hash": value}, value)
 
 
@@ -170,14 +186,7 @@ def scrub(app: App, vol: str, archive: str | None, timeout_s: float) -> int:
 @ARCHIVE
 @BULK
 @SIZE
-@click.option(
-    "--rest",
-    "rest_percent",
-    metavar="PERCENT",
-    type=click.IntRange(0, 99),
-    default=0,
-    help="Share of the time in which the archive rests.",
-)
+@REST
 @click.option("--force", is_flag=True, help="Replace a FILE that exists.")
 @YES
 def scan(

@@ -188,15 +188,19 @@ class Archives(Images):
         bulkSizeU: str = _HASH_BULK,
         scanSizeU: str | None = None,
         timeoutS: float = TIMEOUT_SEC,
+        sleepPct: int = 0,
     ) -> str:
         """Return a hash of the image of a generation [32 hex digits]: equal at archives that hold the same.
 
         `bulkSizeU` must be the same for hashes that are compared; `scanSizeU` hashes only the beginning.
+        `sleepPct` is the share of the time in which the archive rests.
         """
         self._check(ax, vol, K_ARCHIVE)
         verify_u64(gid)
         verify_timeout(timeoutS)
-        request = m.BlockHash(volume=vol, gid=gid, bulk_b=_bulk_b(bulkSizeU), size_lb=_scan_lb(scanSizeU))
+        _verify_percent(sleepPct)
+        bulk_b, size_lb = _bulk_b(bulkSizeU), _scan_lb(scanSizeU)
+        request = m.BlockHash(volume=vol, gid=gid, bulk_b=bulk_b, size_lb=size_lb, sleep_percent=sleepPct)
         return str(self._ask_job(ax, request, timeoutS, vol, "block-hash").result["hash"])
 
     def virt_full_scan(
@@ -218,9 +222,7 @@ class Archives(Images):
         """
         self._check(ax, vol, K_ARCHIVE)
         verify_u64(gid)
-        verify_int(sleepPct)
-        if not 0 <= sleepPct <= 99:
-            raise UsageError("a share of rest is from 0 to 99 percent", sleepPct=sleepPct)
+        _verify_percent(sleepPct)
         request = m.VirtFullScan(volume=vol, gid=gid, size_lb=_scan_lb(scanSizeU), sleep_percent=sleepPct)
         if bulkSizeU is not None:
             request = dataclasses.replace(request, bulk_b=_bulk_b(bulkSizeU))
@@ -358,6 +360,12 @@ def _bulk_b(sizeU: str) -> int:
     verify_size_unit(sizeU)
     check_bulk(parse_size(sizeU))
     return parse_size(sizeU)
+
+
+def _verify_percent(sleepPct: int) -> None:
+    verify_int(sleepPct)
+    if not 0 <= sleepPct <= 99:
+        raise UsageError("a share of rest is from 0 to 99 percent", sleepPct=sleepPct)
 
 
 def _scan_lb(sizeU: str | None) -> int:

@@ -247,7 +247,14 @@ COMMANDS: Final[tuple[Command, ...]] = (
     Command("resize", "VOL SIZE [zeroclear]", _A, w.resize, "grow the base image"),
     Command("enable-snapshot", "VOL GID...", _A, w.with_gids(m.EnableSnapshot), "protect snapshots from merging"),
     Command("disable-snapshot", "VOL GID...", _A, w.with_gids(m.DisableSnapshot), "let merging remove snapshots"),
-    Command("bhash", "VOL GID [BULK] [SIZE]", _A, w.block_hash, "hash of the image of a snapshot", result="hash"),
+    Command(
+        "bhash",
+        "VOL GID [BULK] [SIZE] [SLEEP%]",
+        _A,
+        w.block_hash,
+        "hash of the image of a snapshot",
+        result="hash",
+    ),
     Command(
         "virt-full-scan",
         "DEST|stdout VOL GID [BULK] [SIZE] [SLEEP%]",

@@ -231,17 +231,21 @@ def resize(args: list[str]) -> Request[Any]:
 
 
 def block_hash(args: list[str]) -> Request[Any]:
-    return m.BlockHash(volume=vol(args[0]), gid=gid(args[1]), **bulk(args[2:3]), **_scan_size(args[3:]))
+    more = bulk(args[2:3]) | _scan_size(args[3:4])
+    return m.BlockHash(volume=vol(args[0]), gid=gid(args[1]), sleep_percent=_percent(args[4:]), **more)
 
 
 def virt_full_scan(args: list[str]) -> Request[Any]:
     """Make the request of `virt-full-scan DEST VOL GID ...`; where it goes is the caller's business."""
-    rest = gid(args[5]) if len(args) > 5 else 0
+    more = bulk(args[3:4]) | _scan_size(args[4:5])
+    return m.VirtFullScan(volume=vol(args[1]), gid=gid(args[2]), sleep_percent=_percent(args[5:]), **more)
+
+
+def _percent(args: list[str]) -> int:
+    rest = gid(args[0]) if args else 0
     if rest > 99:
-        raise UsageError("a share of rest is from 0 to 99 percent", text=args[5])
-    return m.VirtFullScan(
-        volume=vol(args[1]), gid=gid(args[2]), **bulk(args[3:4]), **_scan_size(args[4:]), sleep_percent=rest
-    )
+        raise UsageError("a share of rest is from 0 to 99 percent", text=args[0])
+    return rest
 
 
 def _scan_size(args: list[str]) -> dict[str, int]:

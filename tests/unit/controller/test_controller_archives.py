@@ -166,8 +166,11 @@ def test_resize_goes_from_archives_to_storages(big: FakeGroup) -> None:
 
 def test_block_hash(ready: FakeGroup) -> None:
     ctl, a0 = ready.ctl, ready.a[0]
-    assert ctl.get_block_hash(a0, "vol0", 2, "32k", "1m") == f"{2:032x}"
-    assert ("a0", m.BlockHash(volume="vol0", gid=2, bulk_b=32 << 10, size_lb=2048)) in ready.requests
+    assert ctl.get_block_hash(a0, "vol0", 2, "32k", "1m", sleepPct=7) == f"{2:032x}"
+    request = m.BlockHash(volume="vol0", gid=2, bulk_b=32 << 10, size_lb=2048, sleep_percent=7)
+    assert ("a0", request) in ready.requests
+    with pytest.raises(UsageError):
+        ctl.get_block_hash(a0, "vol0", 2, sleepPct=100)
     assert ctl.run_ctl(a0, ["bhash", "vol0", "3"]) == f"{3:032x}"
     for bulk, size in (("100", None), ("64k", "0"), ("64k", "100"), ("64k", "x")):
         with pytest.raises(UsageError):

@@ -104,7 +104,8 @@ def test_run_ctl_refuses_bad_archive_infos(words: str, group: FakeGroup) -> None
      "replicate vol0 to 1 h:1", "replicate vol0 gid 1 h", "replicate vol0 gid 1 h:1 2",
      "replicate vol0 gid 1 h:1 0 y", "replicate vol0 gid 1 h:1 0 0 zip", "replicate vol0 gid 1 h:1 0 0 lz4 1k",
      "replicate vol0 gid 1 h:1 0 0 lz4 1m 1", "resize vol0 1m zero", "enable-snapshot vol0",
-     "disable-snapshot vol0 x", "bhash vol0", "bhash vol0 1 64k 100", "virt-full-scan x vol0 1 64k 1m 100",
+     "disable-snapshot vol0 x", "bhash vol0", "bhash vol0 1 64k 100", "bhash vol0 1 64k 1m 100",
+     "virt-full-scan x vol0 1 64k 1m 100",
      "get exists-diff vol0 2 1 3 3", "get exists-diff vol0 1 1 1", "dbg-set-uuid vol0 12", "dbg-set-base vol0 x"],
 )  # fmt: skip
 def test_run_ctl_refuses_bad_words_for_archives(words: str, group: FakeGroup) -> None:

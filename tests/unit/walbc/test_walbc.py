@@ -319,7 +319,7 @@ def test_every_command_has_help(walbc: Cli) -> None:
         text = walbc.good(name, "--help")
         assert text.startswith(f"Usage: walbc {name}")
         assert len(late.help) < 90
-        if name != "archive-info":
+        if "COMMAND [ARGS]" not in text:  # those below a group have it
             assert "--json" in text
 
 
