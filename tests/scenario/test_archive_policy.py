@@ -10,6 +10,7 @@ import pytest
 import structlog
 
 from tests.kit.feeder import NOW
+from tests.kit.hash_feed import HashFeed
 from tests.kit.mem_net import MemNetwork
 from tests.kit.policy_rig import TimedFeed, VirtualArchive
 from tests.kit.virtual import run
@@ -38,13 +39,13 @@ def nothing_armed() -> Iterator[None]:
     failpoints.disarm()
 
 
-async def fed(rig: VirtualArchive, policy: Policy | None = QUICK) -> TimedFeed:
+async def fed(rig: VirtualArchive, policy: Policy | None = QUICK, *, name: str = VOL, dirty: int = 0) -> TimedFeed:
     """Return a volume with a base, and a policy of its own."""
-    feed = TimedFeed(rig, VOL)
+    feed = TimedFeed(rig, name)
     await feed.init()
     if policy is not None:
-        await rig.call(SetPolicy(volume=VOL, policy=policy))
-    await feed.full_backup()
+        await rig.call(SetPolicy(volume=name, policy=policy))
+    await feed.full_backup(dirty=dirty)
     return feed
 
 
@@ -138,6 +139,46 @@ async def test_an_interrupted_apply_is_finished_first(rig: VirtualArchive) -> No
     await quiet(rig)
     assert str(rig.volume(VOL).base) == "<|20|>"
     await feed.check()
+
+
+@on_virtual_time
+async def test_a_base_that_is_dirty_at_first(rig: VirtualArchive) -> None:
+    """The diffs that make it clean may be merged, and it is applied like any other."""
+    feed = await fed(rig, dirty=30)
+    await feed.send()
+    await feed.live(1000, interval_s=10)
+    await quiet(rig)
+    first = (await feed.check())[0]
+    assert 30 <= first < 60
+    assert not rig.volume(VOL).base.begin.is_clean
+    await feed.live(4 * HOUR, interval_s=60)
+    await quiet(rig)
+    await feed.check()
+    assert rig.volume(VOL).base.begin.is_clean
+
+
+class GapFeed(TimedFeed, HashFeed):
+    """A volume that loses its log now and then."""
+
+
+@on_virtual_time
+async def test_histories_with_gaps(rig: VirtualArchive) -> None:
+    feed = GapFeed(rig, VOL)
+    await feed.init()
+    await rig.call(SetPolicy(volume=VOL, policy=QUICK))
+    await feed.full_backup()
+    for dirty in (0, 3, 1):
+        await feed.live(HOUR, interval_s=40, explicit=30)
+        feed.scribble()
+        await feed.hash_backup(dirty=dirty)
+        await feed.send()
+        await quiet(rig)
+        await feed.check()
+    await feed.live(2 * HOUR, interval_s=60)
+    await quiet(rig)
+    points = await feed.check()
+    assert len(rig.volume(VOL).diffs) < 60
+    assert points[-1] == feed.gid
 
 
 @on_virtual_time
@@ -382,6 +423,29 @@ def test_a_graceful_stop_waits_for_the_step_and_a_forced_one_ends_it(monkeypatch
             gate.reached.clear()
             await feed.live(100, interval_s=10)
             await gate.reached.wait()
+            await rig.server.stop(ShutdownMode.FORCE)
+
+    run(main())
+
+
+def test_a_long_apply_holds_up_no_other_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        applying = asyncio.Event()
+
+        async def for_ever(volume: Any, gid: int, job: Any) -> None:
+            applying.set()
+            async with volume.giving_up():
+                await asyncio.sleep(1e9)
+
+        monkeypatch.setattr("walbd.archive.policy.run_apply", for_ever)
+        async with VirtualArchive() as rig:
+            first = await fed(rig)
+            other = await fed(rig, name="vol1")
+            await first.live(4 * HOUR, interval_s=120)
+            await asyncio.wait_for(applying.wait(), HOUR)
+            await other.live(2 * HOUR, interval_s=20)
+            assert len(rig.volume("vol1").diffs) < 60
+            await first.step(3)  # reception goes on for both
             await rig.server.stop(ShutdownMode.FORCE)
 
     run(main())
