@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.kit.doctored import Doctored
-from tests.kit.group import WAIT_S, Volume, wait_until
+from tests.kit.group import WAIT_S, Volume, run_walbd, wait_until
 
 
 def overflow(group: Doctored, volume: Volume) -> None:
@@ -29,36 +30,35 @@ def test_a_healthy_group(tmp_path: Path) -> None:
 # Storage
 
 
-def test_storage_down(tmp_path: Path) -> None:
-    with Doctored(tmp_path) as group:
+def test_what_is_down_goes_on_by_itself_when_it_is_started(tmp_path: Path) -> None:
+    with Doctored(tmp_path, proxies=2) as group:
         volume = group.protect()
-        group.kill("s0")
+        codes = {"s0": "storage-down", "dev-vol0": "device-down", "p0": "proxy-down", "a0": "archive-down"}
+        for name, code in codes.items():
+            group.kill(name)
+            if name != "dev-vol0":
+                volume.scribble()
+            found = group.wait_for_code(code)
+            assert found["word"] == "down"
+            assert "systemctl restart walbd-" in found["by_hand"]
+            exit_code, text = group.walbc("doctor", "--fix", "--yes")
+            assert exit_code == 6, text
+            group.start(name)
+            volume.disconnect()
+            wait_until(lambda: not group.codes(), f"the group to be well again after {name}")
+        group.kill("p0", "p1")
         volume.scribble()
-        (found,) = group.findings()
-        assert (found["code"], found["server"]) == ("storage-down", "s0")
-        assert "systemctl restart walbd-storage" in found["by_hand"]
-        code, text = group.walbc("doctor", "--fix", "--yes")
-        assert code == 6, text
-        group.start("s0")
-        wait_until(lambda: not group.codes(), "the group to be well again by itself")
-        group.mend(volume)
-
-
-def test_device_down(tmp_path: Path) -> None:
-    with Doctored(tmp_path) as group:
-        volume = group.protect()
-        group.kill("dev-vol0")
-        assert "walbd-device@vol0" in group.wait_for_code("device-down")["by_hand"]
-        group.start("dev-vol0")
-        volume.disconnect()
-        wait_until(lambda: not group.codes(), "the device to be seen again")
+        assert "until it overflows" in group.wait_for_code("all-proxies-down")["text"]
+        group.start("p0", "p1")
         group.mend(volume)
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["before it stopped itself", "after it stopped itself"])
 def test_overflow(tmp_path: Path, stopped: bool) -> None:
-    with Doctored(tmp_path) as group:
-        volume = group.protect(log_b=2 << 20)
+    """The second time with a replica, which is fed again in the end."""
+    n = 1 + stopped
+    with Doctored(tmp_path, archives=n) as group:
+        volume = group.protect(log_b=2 << 20, replicas=True)
         overflow(group, volume)
         group.start("p0")
         if stopped:
@@ -70,7 +70,7 @@ def test_overflow(tmp_path: Path, stopped: bool) -> None:
         assert code == 6, text
         assert "hash-backup" in text
         assert group.ctl.is_overflow(group.s[0], "vol0")
-        assert "hash-backup" in group.mend(volume)
+        assert "hash-backup" in group.mend(volume, archives=list(range(n)))
 
 
 def test_overflow_in_standby_needs_no_backup(tmp_path: Path) -> None:
@@ -89,36 +89,12 @@ def test_overflow_in_standby_needs_no_backup(tmp_path: Path) -> None:
 
 
 def _overflowed(group: Doctored, volume: Volume) -> bool:
-    from walbd.controller import Device
-
-    info = Device.at(str(volume.legs[1].directory)).info()
-    return bool(info.get("overflow") or info["lsids"].get("overflow", False))
+    directory = volume.legs[1].directory
+    done = run_walbd("device", "info", volume.name, "--base-dir", directory.parent, "--json")
+    return bool(json.loads(done.stdout)["overflow"])
 
 
 # Proxies
-
-
-def test_proxy_down(tmp_path: Path) -> None:
-    with Doctored(tmp_path, proxies=2) as group:
-        volume = group.protect()
-        group.kill("p0")
-        found = group.wait_for_code("proxy-down")
-        assert (found["server"], found["word"]) == ("p0", "down")
-        volume.scribble()
-        group.snapshot(volume)  # p1 takes over
-        group.start("p0")
-        group.mend(volume)
-
-
-def test_all_proxies_down(tmp_path: Path) -> None:
-    with Doctored(tmp_path, proxies=2) as group:
-        volume = group.protect()
-        group.kill("p0", "p1")
-        volume.scribble()
-        found = group.wait_for_code("all-proxies-down")
-        assert "until it overflows" in found["text"]
-        group.start("p0", "p1")
-        group.mend(volume)
 
 
 def test_proxy_data_lost_and_nothing_is_missing(tmp_path: Path) -> None:
@@ -131,9 +107,10 @@ def test_proxy_data_lost_and_nothing_is_missing(tmp_path: Path) -> None:
         assert "no backup is needed" in found["text"]
         assert "nothing is missing" in found["evidence"]["proof"]
         assert "gap" not in group.codes()
-        code, text = group.walbc("doctor", "--fix")  # no --yes is needed
-        assert code == 0, text
-        assert "backup vol0" not in text
+        told = group.json("doctor", "--fix", "--json")  # no --yes is needed
+        assert told["findings"] == []
+        assert [step["command"] for step in told["taken"]] == ["walbc archive-info copy p1 vol0 p0"]
+        assert told["verified"][0]["gid"] in group.ctl.get_restorable_gid(group.a[0], "vol0")
         group.mend(volume)
 
 
@@ -173,19 +150,10 @@ def test_a_dead_proxy_may_hold_what_is_missing(tmp_path: Path) -> None:
         group.mend(volume)
 
 
-def test_proxy_left_stopped(tmp_path: Path) -> None:
-    with Doctored(tmp_path) as group:
-        volume = group.protect()
-        group.ctl.stop(group.p[0], "vol0")
-        volume.scribble()
-        assert "proxy-stopped" in group.codes()
-        group.mend(volume)
-
-
 # Archives
 
 
-def test_archive_down(tmp_path: Path) -> None:
+def test_diffs_wait_for_an_archive(tmp_path: Path) -> None:
     with Doctored(tmp_path) as group:
         volume = group.protect()
         group.kill("a0")
@@ -199,18 +167,19 @@ def test_archive_down(tmp_path: Path) -> None:
         group.mend(volume)
 
 
-def test_archive_left_stopped(tmp_path: Path) -> None:
+def test_things_left_stopped_and_an_image_that_is_too_small(tmp_path: Path) -> None:
     with Doctored(tmp_path) as group:
         volume = group.protect()
-        group.ctl.stop(group.a[0], "vol0")
-        volume.scribble()
-        assert "archive-stopped" in group.codes()
-        group.mend(volume)
-
-
-def test_volume_larger_than_its_image(tmp_path: Path) -> None:
-    with Doctored(tmp_path) as group:
-        volume = group.protect()
+        for server, code in (
+            (group.s[0], "storage-stopped"),
+            (group.p[0], "proxy-stopped"),
+            (group.a[0], "archive-stopped"),
+        ):
+            group.ctl.stop(server, "vol0")
+            volume.scribble()
+            group.wait_for_code(code)
+            code_of_exit, text = group.walbc("doctor", "--fix")  # nothing is read: no --yes is needed
+            assert code_of_exit == 0, text
         group.grow_device(volume, 12 << 20)
         group.ctl.resize_storage(group.s[0], "vol0", 0)
         volume.scribble()
@@ -389,9 +358,30 @@ def test_replace_proxy(tmp_path: Path) -> None:
             )
         assert code == 0, text
         assert [p.name for p in group.group.servers.proxyL] == [new.name, "p1"]
-        assert not group.processes["p0"].running
+        wait_until(lambda: not group.processes["p0"].running, "the old proxy to end")
         group.ctl.set_server_layout(group.group.servers)
         group.mend(volume)
+
+
+def test_replace_a_proxy_that_is_gone_with_diffs(tmp_path: Path) -> None:
+    with Doctored(tmp_path) as group:
+        volume = group.protect()
+        group.kill("a0")
+        volume.scribble()
+        volume.flush()
+        wait_until(lambda: not group.status(group.s[0], "vol0").lag_lb, "the proxy to have everything")
+        group.kill("p0")
+        group.start("a0")
+        new = group.add_server(1)
+        place = f"{new.name}={new.get_host_port()}"
+        code, text = group.walbc("replace-proxy", "p0", place, "--yes", "--write")
+        assert code == 3, text
+        assert "--gone" in text
+        code, text = group.walbc("replace-proxy", "p0", place, "--yes", "--write", "--gone")
+        assert code == 6, text  # the diffs that it held are lost: the snapshot does not become restorable
+        group.ctl.set_server_layout(group.group.servers)
+        assert "gap" in group.codes()
+        assert "hash-backup" in group.mend(volume)
 
 
 def test_replace_primary_archive_and_go_on_after_an_interruption(tmp_path: Path) -> None:
@@ -412,7 +402,7 @@ def test_replace_primary_archive_and_go_on_after_an_interruption(tmp_path: Path)
         assert code == 0, text
         assert "done already" in text
         assert [a.name for a in group.group.servers.archiveL] == ["a2", "a1"]
-        assert not group.processes["a0"].running
+        wait_until(lambda: not group.processes["a0"].running, "the old archive to end")
         group.ctl.set_server_layout(group.group.servers)
         group.mend(volume, archives=[1, 2])
 

@@ -16,6 +16,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tests.kit.group import WAIT_S, Group, Volume, wait_until
 from walbd.cli.app import run
@@ -80,19 +81,29 @@ class Doctored(Group):
 
     def walbc(self, *args: str) -> tuple[int, str]:
         """Run `walbc` with the group file in this process; return its exit status and what it said."""
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = run(root, "walbc", ["--group", str(self.file), *args])
-        return code, out.getvalue() + err.getvalue()
+        code, out, err = self._run(*args)
+        return code, out + err
+
+    def json(self, *args: str) -> dict[str, Any]:
+        """Run `walbc`, require success, and return the document that it printed."""
+        code, out, err = self._run(*args)
+        assert code == 0, out + err
+        document: dict[str, Any] = json.loads(out)
+        return document
 
     def findings(self, *args: str) -> list[dict[str, Any]]:
         """Run `walbc doctor --json`."""
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-            code = run(root, "walbc", ["--group", str(self.file), "doctor", "--json", *args])
-        found: list[dict[str, Any]] = json.loads(out.getvalue())["findings"]
-        assert code == (6 if found else 0), out.getvalue()
+        code, out, _ = self._run("doctor", "--json", *args)
+        found: list[dict[str, Any]] = json.loads(out)["findings"]
+        assert code == (6 if found else 0), out
         return found
+
+    def _run(self, *args: str) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        shorter = patch("walbd.controller.doctor.mend.PAUSE_S", 0.2)  # between two looks
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), shorter:
+            code = run(root, "walbc", ["--group", str(self.file), *args])
+        return code, out.getvalue(), err.getvalue()
 
     def codes(self, *args: str) -> set[str]:
         """Return the codes of what the doctor finds."""

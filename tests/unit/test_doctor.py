@@ -24,9 +24,11 @@ from walbd.controller.layout import GroupLayout, parse_layout
 from walbd.controller.overview import Word
 from walbd.errors import ConnectError, Refused, WalbError
 from walbd.format.meta import Diff, Snapshot
+from walbd.format.policy import Policy, Replication
 from walbd.ids import Gid
 from walbd.protocol.base import JobInfo, JobState, Kind
 from walbd.protocol.control import HopStatus, ProxyHealth, StatusReply, VolumeStatus
+from walbd.protocol.policy import PolicyView, ReplicationView, Trouble
 
 NOW = 1_800_000_000
 UUID, OTHER_UUID, LINEAGE, OTHER_LINEAGE = ("a" * 32, "b" * 32, "c" * 32, "d" * 32)
@@ -57,6 +59,7 @@ class Scene:
         self.status: dict[str, StatusReply] = {}
         self.error: dict[str, WalbError] = {}
         self.jobs: dict[str, list[JobInfo]] = {}
+        self.policies: dict[tuple[str, str], PolicyView] = {}
         self.unsent: dict[tuple[str, str, str], tuple[Diff, ...]] = {}
         layout = self.group.servers
         for s in layout.get_all():
@@ -146,7 +149,13 @@ class Scene:
             for s in self.group.servers.get_all()
         }
         return Observation(
-            group=self.group, seen=seen, unsent=dict(self.unsent), now=NOW, taken_s=taken_s, before=before
+            group=self.group,
+            seen=seen,
+            unsent=dict(self.unsent),
+            policies=dict(self.policies),
+            now=NOW,
+            taken_s=taken_s,
+            before=before,
         )
 
     def look(self, **more: Any) -> list[Finding]:
@@ -615,6 +624,36 @@ def test_replicas() -> None:
     other = Scene().part("a1", archive_uuid=OTHER_LINEAGE).only("replica-other-lineage")
     assert other.consent is Consent.LOSE
     assert other.steps[0].command == "walbc replicate vol0 a1 --from a0 --sync --resync"
+
+
+def with_policy(*, last: int, troubles: list[Trouble] | None = None) -> Scene:
+    """A group in which the policy of a0 replicates to a1 every hour, and proxies feed a0 only."""
+    scene = Scene()
+    for p in ("p0", "p1"):
+        (v,) = scene.status[p].volumes
+        scene.part(p, hops=v.hops[:1])
+    scene.part("a1", latest_gid=7)
+    row = ReplicationView(name="far", dest="127.0.0.1:301", enabled=True, last=last, next=NOW, running=False)
+    policy = Policy(replications=(Replication(name="far", dest="127.0.0.1:301", interval_s=3600),))
+    scene.policies["a0", "vol0"] = PolicyView(
+        policy=policy, is_default=False, enabled=True, next="", applied=0, merged=0, replications=[row],
+        troubles=troubles or [],
+    )  # fmt: skip
+    return scene
+
+
+def test_a_replica_that_the_policy_keeps_up_to_date() -> None:
+    assert with_policy(last=0).look() == []
+    assert with_policy(last=NOW - 3 * 3600).look() == []
+    finding = with_policy(last=NOW - 3 * 3600 - 1).only("replica-behind")
+    assert calls(finding) == ["replicate(a0, 'vol0', a1, False)"]
+
+
+def test_a_policy_in_trouble() -> None:
+    trouble = Trouble(
+        what="merge", error_code="disk-full", error="no space", failures=3, since=NOW - 50, retry=NOW
+    )
+    assert "no space" in with_policy(last=NOW, troubles=[trouble]).only("policy-trouble").text
 
 
 def test_an_archive_that_lags() -> None:

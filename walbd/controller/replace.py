@@ -182,6 +182,10 @@ class Replacement:
             feeds = sorted(hop.dest for hop in case.proxies[px].hops) if px in case.proxies else []
             if targets and feeds != sorted(wanted):
                 found.append(f"{vol}: {px} sends to {', '.join(feeds) or 'nobody'}, wanted: {', '.join(wanted)}")
+        for a in wanted:
+            chain = case.chain(a) if case.holds(a) and case.has_history else None
+            if chain is not None and chain.missing:
+                found.append(f"{vol}: {a} cannot go on: {chain.text}")
         if targets and wanted and not found:
             try:
                 storage = case.o.seen[targets[0]].server

@@ -16,6 +16,7 @@ from walbd.controller.doctor.steps import Consent, Ref, Step
 from walbd.controller.servers import Server
 from walbd.format.meta import Diff
 from walbd.protocol.control import HopStatus, VolumeStatus
+from walbd.protocol.policy import ReplicationView
 
 STEADY: Final[Mapping[int, frozenset[str]]] = {
     k.K_STORAGE: frozenset({k.sClear, k.sSyncReady, k.sStopped, k.sTarget, k.sStandby, k.BROKEN}),
@@ -207,6 +208,15 @@ class Case:
             waiting=len(ahead),
             not_asked=self.not_asked(),
         )
+
+    def replication_to(self, archive: str) -> ReplicationView | None:
+        """Return the replication by which the primary archive's policy keeps another one up to date."""
+        policy = self.o.policies.get((self.primary, self.vol))
+        address = self.o.seen[archive].server.get_host_port()
+        for row in policy.replications if policy is not None and policy.enabled else []:
+            if row.enabled and self.o.same_address(row.dest, address):
+                return row
+        return None
 
     def is_good_copy(self, archive: str) -> bool:
         """An archive that has everything, or will have it: fed by every proxy, of the same log, without a hole."""

@@ -15,9 +15,11 @@ from walbd.controller.doctor.check_storages import orphan_or_gap
 from walbd.controller.doctor.findings import Finding, finding
 from walbd.controller.doctor.steps import Consent, Ref, Step
 from walbd.protocol.control import VolumeStatus
+from walbd.protocol.policy import ReplicationView
 from walbd.units import LB, format_size
 
 LAG_WARN_S: Final = 60
+LATE_MIN_S: Final = 300  # a replication that is later than that, and than two intervals, is late
 _BASE: Final = re.compile(r"<\|([0-9]+)(?:,[0-9]+)?\|(?:-->\|([0-9]+)(?:,[0-9]+)?\|)?>")
 
 
@@ -73,6 +75,18 @@ def _one(case: Case, name: str, v: VolumeStatus) -> list[Finding]:
     target = case.target
     if target is not None and case.holds(name) and target.size_lb > v.size_lb and not v.actions.get(k.aaResize):
         found.append(_smaller(case, name, v, target.size_lb))
+    policy = case.o.policies.get((name, case.vol))
+    for trouble in policy.troubles if policy is not None and policy.enabled else []:
+        found.append(
+            finding(
+                "policy-trouble",
+                f"the policy of {case.vol} at {name}: {trouble.what}: {trouble.error}",
+                server=name,
+                volume=case.vol,
+                evidence={"failures": trouble.failures, "since": trouble.since, "code": trouble.error_code},
+                by_hand="it is tried again by itself; mend what the text names",
+            )
+        )
     if v.error:
         found.append(finding("put-aside", f"{name}: {v.error}", server=name, volume=case.vol))
     return found
@@ -296,6 +310,9 @@ def _secondary(case: Case, name: str) -> list[Finding]:
         return [_other_lineage(case, name, v, first)]
     fed = case.feeders(name)
     bring = _bring_up(case, name, v, first)
+    by_policy = case.replication_to(name)
+    if not fed and by_policy is not None:
+        return _by_policy(case, name, by_policy, v, first)
     if not fed:
         if not case.alive(k.K_PROXY):
             return []
@@ -334,6 +351,31 @@ def _secondary(case: Case, name: str) -> list[Finding]:
                 Step("kick_proxy", (vol, Ref(name))),
             ),
             look_again=True,
+        )
+    ]
+
+
+def _by_policy(case: Case, name: str, row: ReplicationView, v: VolumeStatus, first: VolumeStatus) -> list[Finding]:
+    """A replica that no proxy feeds, as the policy brings it up to date now and then."""
+    policy = case.o.policies[case.primary, case.vol].policy
+    interval_s = next((r.interval_s for r in policy.replications if r.name == row.name), 0)
+    late_s = case.o.now - (row.last + interval_s) if row.last else 0
+    if row.running or v.latest_gid >= first.latest_gid or late_s <= max(2 * interval_s, LATE_MIN_S):
+        return []
+    copy = Step("replicate", (Ref(case.primary), case.vol, Ref(name), False), _bring_up(case, name, v, first))
+    return [
+        finding(
+            "replica-behind",
+            f"the policy's replication of {case.vol} to {name} is {late_s} s late",
+            server=name,
+            volume=case.vol,
+            evidence={
+                "primary_gid": first.latest_gid,
+                "replica_gid": v.latest_gid,
+                "last_heard": row.last,
+                "interval_s": interval_s,
+            },
+            steps=(copy,),
         )
     ]
 

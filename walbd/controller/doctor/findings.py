@@ -117,6 +117,7 @@ CODES: Final[Mapping[str, Kind]] = {
         _W, REPLICAS, "an archive that is not the primary has lost a volume", "there is one copy less"
     ),
     "replica-not-fed": Kind(_W, REPLICAS, "a replica gets no diffs", "it falls behind: there is one copy less"),
+    "replica-behind": Kind(_W, REPLICAS, "a replication of the policy is late", "the replica falls behind"),
     "replica-gap": Kind(_W, REPLICAS, "a replica misses generations", "it takes no diffs: there is one copy less"),
     "replica-other-lineage": Kind(
         _W, REPLICAS, "a replica holds another history than the primary", "it takes no diffs; it may hold the past"
@@ -126,6 +127,9 @@ CODES: Final[Mapping[str, Kind]] = {
     "lagging": Kind(_W, NOTES, "an archive is far behind", "what it lacks is lost with the storage"),
     "possible-gap": Kind(
         _W, NOTES, "generations are missing, and a proxy that may have them cannot be asked", "see gap"
+    ),
+    "policy-trouble": Kind(
+        _W, NOTES, "a policy cannot do its work", "chains grow, points older than wanted stay, or replicas wait"
     ),
     "stuck": Kind(_E, NOTES, "a step does not go on", "the volume waits for it"),
     "job-failed": Kind(_W, NOTES, "the last run of a job has failed", "what it was to do is not done"),

@@ -92,7 +92,7 @@ class Doctor:
         *,
         vol: str = "",
         lost: Sequence[str] = (),
-        pause_s: float = PAUSE_S,
+        pause_s: float | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
         for name in lost:
@@ -103,7 +103,7 @@ class Doctor:
         self.lost = frozenset(lost)
         self.intents: dict[str, Intent] = {}
         self.observation: Observation | None = None  # the last one
-        self._pause_s = pause_s
+        self._pause_s = PAUSE_S if pause_s is None else pause_s
         self._wall = wall
 
     def look(self) -> list[Finding]:

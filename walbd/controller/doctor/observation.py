@@ -11,6 +11,7 @@ from walbd.errors import WalbError
 from walbd.format.meta import Diff
 from walbd.protocol.base import JobInfo
 from walbd.protocol.control import StatusReply, VolumeStatus
+from walbd.protocol.policy import PolicyView
 
 UnsentKey = tuple[str, str, str]  # proxy, volume, archive; archive "": received, for all archives
 
@@ -54,6 +55,7 @@ class Observation:
     group: GroupLayout
     seen: Mapping[str, Seen]
     unsent: Mapping[UnsentKey, tuple[Diff, ...]] = field(default_factory=dict)
+    policies: Mapping[tuple[str, str], PolicyView] = field(default_factory=dict)  # by archive and volume
     now: int = 0  # of the one who looks [unix s]
     taken_s: float = 0.0  # on the caller's clock, for rates
     same: Mapping[str, frozenset[str]] = field(default_factory=dict)  # HOST:PORT to its numeric forms

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import socket
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
+from walbd.controller.constants import aActive
 from walbd.controller.controller import Controller
 from walbd.controller.doctor.observation import Observation, Seen, UnsentKey
 from walbd.controller.layout import GroupLayout
@@ -19,7 +20,11 @@ from walbd.daemon.net import parse_address
 from walbd.errors import WalbError
 from walbd.format.meta import Diff
 from walbd.protocol.base import GetJobs, JobList
+from walbd.protocol.codec import Message
 from walbd.protocol.control import Diffs, GetProxyDiff, GetStatus, StatusReply
+from walbd.protocol.policy import GetPolicy, PolicyView
+
+_AT_ONCE: Final = 32  # requests: servers limit their connections
 
 
 def observe(
@@ -32,13 +37,15 @@ def observe(
     seen |= _look(ctl, layout.proxyL)
     unsent = _unsent(ctl, [seen[s.name] for s in layout.proxyL], vol)
     seen |= _look(ctl, layout.archiveL)
+    policies = _policies(ctl, [seen[s.name] for s in layout.archiveL], vol)
     return Observation(
         group=group,
         seen=seen,
         unsent=unsent,
+        policies=policies,
         now=int(wall()),
         taken_s=ctl.calls.now(),
-        same=_numeric(_addresses(group, seen.values())),
+        same=_numeric(_addresses(group, seen.values(), policies.values())),
     )
 
 
@@ -74,12 +81,37 @@ def _unsent(ctl: Controller, proxies: list[Seen], vol: str) -> dict[UnsentKey, t
             for archive in ("", *(hop.dest for hop in v.hops)):
                 keys.append((seen.server.name, v.volume, archive))
                 calls.append((seen.server, GetProxyDiff(volume=v.volume, archive=archive)))
-    replies = ctl.calls.call_each(calls, ctl.timeoutS)
+    replies = _ask_some(ctl, calls)
     return {key: tuple(reply.diffs) for key, reply in zip(keys, replies, strict=True) if isinstance(reply, Diffs)}
 
 
-def _addresses(group: GroupLayout, seen: Iterable[Seen]) -> set[str]:
+def _policies(ctl: Controller, archives: list[Seen], vol: str) -> dict[tuple[str, str], PolicyView]:
+    """Ask what archives do by themselves; one that does not tell is left out."""
+    keys = [
+        (seen.server, v.volume)
+        for seen in archives
+        for v in (seen.status.volumes if seen.status is not None else [])
+        if vol in ("", v.volume) and v.state in aActive
+    ]
+    replies = _ask_some(ctl, [(s, GetPolicy(volume=name)) for s, name in keys])
+    return {
+        (s.name, name): reply
+        for (s, name), reply in zip(keys, replies, strict=True)
+        if isinstance(reply, PolicyView)
+    }
+
+
+def _ask_some(ctl: Controller, calls: Sequence[tuple[Server, Any]]) -> list[Message | WalbError]:
+    """Make many requests, some at a time."""
+    replies: list[Message | WalbError] = []
+    for at in range(0, len(calls), _AT_ONCE):
+        replies += ctl.calls.call_each(calls[at : at + _AT_ONCE], ctl.timeoutS)
+    return replies
+
+
+def _addresses(group: GroupLayout, seen: Iterable[Seen], policies: Iterable[PolicyView]) -> set[str]:
     found = {s.get_host_port() for s in group.servers.get_all()}
+    found |= {row.dest for policy in policies for row in policy.replications}
     for each in seen:
         if each.status is None:
             continue

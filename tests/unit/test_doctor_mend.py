@@ -1,0 +1,196 @@
+"""Mending: the order, what is asked for, what fails, and when it ends. Looks and calls are scripted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from walbd.controller.doctor import Allowed, Consent, Doctor, Finding, Outcome, Step
+from walbd.controller.doctor.findings import finding
+from walbd.controller.doctor.steps import Ref
+from walbd.controller.layout import parse_layout
+from walbd.errors import Refused, UsageError
+
+GROUP = parse_layout(
+    "".join(
+        f'[[{kind}]]\nname = "{kind[0]}{i}"\nhost = "h"\nport = {port + i}\n'
+        for kind, port in (("storage", 1), ("proxy", 11), ("archive", 21))
+        for i in range(2)
+    ),
+    Path("x.toml"),
+)
+START = finding("proxy-stopped", "x", server="p0", volume="vol0", steps=(Step("start", (Ref("p0"), "vol0")),))
+BACKUP = finding(
+    "gap",
+    "x",
+    server="a0",
+    volume="vol0",
+    steps=(Step("stop", (Ref("s0"), "vol0")), Step("hash_backup", (Ref("s0"), "vol0"), Consent.YES)),
+)
+CLEAR = finding(
+    "archive-broken", "x", server="a0", volume="vol0", steps=(Step("clear", (Ref("a0"), "vol0"), Consent.LOSE),)
+)
+PROMOTE = finding(
+    "primary-data-lost",
+    "x",
+    server="a0",
+    volume="vol0",
+    steps=(Step("retarget", (Ref("s0"), Ref("a1"))), Step("promote_archive", (Ref("a1"),))),
+)
+
+
+class Calls:
+    """The clock."""
+
+    def now(self) -> float:
+        return 0.0
+
+
+class Ctl:
+    """Notes what is called; `failing` methods fail so often."""
+
+    def __init__(self, **failing: int) -> None:
+        self.failing = failing
+        self.called: list[str] = []
+        self.calls = Calls()
+        self.layouts: list[list[str]] = []
+
+    def set_server_layout(self, layout: Any) -> None:
+        self.layouts.append([a.name for a in layout.archiveL])
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> None:
+            self.called.append(f"{name} {' '.join(str(getattr(arg, 'name', arg)) for arg in args)}")
+            if self.failing.get(name, 0):
+                self.failing[name] -= 1
+                raise Refused("not now", hint="later")
+
+        return call
+
+
+class Scripted(Doctor):
+    """A doctor that sees what it is told to see."""
+
+    def __init__(self, ctl: Ctl, *looks: list[Finding]) -> None:
+        super().__init__(ctl, GROUP)  # type: ignore[arg-type]
+        self.looks = list(looks)
+
+    def look(self) -> list[Finding]:
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+
+def fix(
+    ctl: Ctl, *looks: list[Finding], allowed: Allowed = Allowed(yes=True), ask: Any = None
+) -> tuple[Outcome, list[str]]:
+    told: list[str] = []
+    outcome = Scripted(ctl, *looks).fix(allowed, tell=told.append, ask=ask)
+    return outcome, told
+
+
+def test_nothing_to_do() -> None:
+    outcome, told = fix(Ctl(), [])
+    assert outcome.is_well
+    assert told == []
+
+
+def test_the_first_in_the_order_comes_first_and_then_it_looks_again() -> None:
+    ctl = Ctl()
+    outcome, told = fix(ctl, [BACKUP, START], [BACKUP], [])
+    assert ctl.called == ["start p0 vol0", "stop s0 vol0", "hash_backup s0 vol0"]
+    assert told == [
+        "what is stopped:", "  walbc start p0 vol0",
+        "backups:", "  walbc stop s0 vol0", "  walbc hash-backup vol0 --storage s0",
+    ]  # fmt: skip
+    assert outcome.is_well
+    assert [t.code for t in outcome.taken] == ["proxy-stopped", "gap", "gap"]
+
+
+def test_what_an_earlier_step_has_mended_is_not_mended_again() -> None:
+    ctl = Ctl()
+    fix(ctl, [BACKUP, START], [])
+    assert ctl.called == ["start p0 vol0"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "called"),
+    [
+        (Allowed(), ["start p0 vol0"]),
+        (Allowed(yes=True), ["start p0 vol0", "stop s0 vol0", "hash_backup s0 vol0"]),
+        (Allowed(yes=True, lose=frozenset({"vol1"})), ["start p0 vol0", "stop s0 vol0", "hash_backup s0 vol0"]),
+        (Allowed(lose=frozenset({"vol0"})), ["start p0 vol0", "clear a0 vol0"]),
+    ],
+)
+def test_only_what_is_allowed_is_done(allowed: Allowed, called: list[str]) -> None:
+    ctl = Ctl()
+    everything = [START, CLEAR, BACKUP]
+
+    class Remembering(Scripted):
+        def look(self) -> list[Finding]:
+            done = {line.split()[0] for line in ctl.called}
+            return [f for f in everything if f.steps[-1].method not in done]
+
+    outcome = Remembering(ctl, []).fix(allowed)
+    assert ctl.called == called
+    assert not outcome.is_well
+
+
+def test_a_person_is_asked_once_for_what_is_not_allowed() -> None:
+    ctl, asked = Ctl(), []
+
+    def ask(findings: Sequence[Finding]) -> Allowed:
+        asked.append([f.code for f in findings])
+        return Allowed(yes=True)
+
+    fix(ctl, [CLEAR, BACKUP], [CLEAR, BACKUP], [CLEAR], allowed=Allowed(), ask=ask)
+    assert asked == [["archive-broken", "gap"]]
+    assert ctl.called[:2] == ["stop s0 vol0", "hash_backup s0 vol0"]
+
+
+def test_a_step_that_fails_ends_its_finding_and_is_tried_twice() -> None:
+    ctl = Ctl(stop=9)
+    outcome, told = fix(ctl, [BACKUP])
+    assert ctl.called == ["stop s0 vol0"] * 2
+    assert told.count("    failed: not now (later)") == 2
+    assert not outcome.is_well
+    assert outcome.left == [BACKUP]
+
+
+def test_a_second_try_helps() -> None:
+    ctl = Ctl(hash_backup=1)
+    outcome, _ = fix(ctl, [BACKUP], [BACKUP], [])
+    assert ctl.called == ["stop s0 vol0", "hash_backup s0 vol0"] * 2
+    assert outcome.is_well
+
+
+def test_a_kick_that_fails_does_no_harm() -> None:
+    steps = (Step("kick_storage_all", ()), *START.steps)
+    kicked = finding("proxy-stopped", "x", server="p0", volume="vol0", steps=steps)
+    ctl = Ctl(kick_storage_all=1)
+    outcome, _ = fix(ctl, [kicked], [])
+    assert ctl.called == ["kick_storage_all ", "start p0 vol0"]
+    assert outcome.is_well
+
+
+def test_what_waits_for_a_server_is_left() -> None:
+    waiting = finding("gap", "x", server="a0", volume="vol0", steps=BACKUP.steps, waits_for=("p1",))
+    ctl = Ctl()
+    outcome, _ = fix(ctl, [waiting])
+    assert ctl.called == []
+    assert outcome.left == [waiting]
+
+
+def test_a_step_that_several_findings_share_is_taken_once() -> None:
+    other = finding("primary-data-lost", "x", server="a0", volume="vol1", steps=PROMOTE.steps)
+    ctl = Ctl()
+    outcome, _ = fix(ctl, [PROMOTE, other], [])
+    assert ctl.called == ["retarget s0 a1"]
+    assert ctl.layouts == [["a1", "a0"]]
+    assert outcome.group_changed
+
+
+def test_an_archive_that_is_given_up_must_be_one_of_the_group() -> None:
+    with pytest.raises(UsageError):
+        Doctor(Ctl(), GROUP, lost=["a9"])  # type: ignore[arg-type]
