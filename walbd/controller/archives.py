@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, TypeVar
 
 from walbd.controller import constants as k
 from walbd.controller.constants import K_ARCHIVE, K_STORAGE, SHORT_TIMEOUT_SEC, TIMEOUT_SEC, Lbs, Mebi
@@ -30,6 +30,8 @@ from walbd.protocol import maintenance as m
 from walbd.protocol.base import Fact, JobAccepted, JobInfo
 from walbd.protocol.codec import Message, Request
 from walbd.units import parse_size
+
+T = TypeVar("T")
 
 _HASH_BULK: Final = "64K"
 _JOB_TRIES: Final = 3  # of a job that a restart of the archive has forgotten
@@ -59,8 +61,8 @@ class Archives(Images):
             )
         job = self.ask(ax, c.Apply(volume=vol, gid=gid)).job
         self._wait_for_action(ax, vol, job, k.aaApply, "apply", timeoutS)
-        base = self.get_base(ax, vol)
-        gids = self.get_restorable_gid(ax, vol, "all")
+        base = self._when_reached(ax, vol, "base", lambda: self.get_base(ax, vol))
+        gids = self._when_reached(ax, vol, "restore points", lambda: self.get_restorable_gid(ax, vol, "all"))
         if base.is_applying() or base.B.gidB < gid or (gids and gids[0] < gid):
             raise Refused(
                 "the apply has ended before its goal",
@@ -83,7 +85,7 @@ class Archives(Images):
         self._verify_mergeable(ax, vol, gidB, gidE)
         job = self.ask(ax, m.Merge(volume=vol, gid_b=gidB, gid_e=gidE)).job
         self._wait_for_action(ax, vol, job, k.aaMerge, "merge", timeoutS)
-        if not self.exists_diff(ax, vol, gidB, gidE):
+        if not self._when_reached(ax, vol, "diffs", lambda: self.exists_diff(ax, vol, gidB, gidE)):
             raise Refused(
                 "the merge has ended before its goal",
                 hint="call merge again; the log of the archive says why",
@@ -136,7 +138,7 @@ class Archives(Images):
         except (ConnectError, TimedOut) as exc:
             self.say(f"warning: {exc}")  # it may go on all the same: the size will tell
         self._wait_for_no_action(ax, vol, k.aaResize, limit_s)
-        now_lb = self.get_vol_size_lb(ax, vol)
+        now_lb = self._when_reached(ax, vol, "size", lambda: self.get_vol_size_lb(ax, vol))
         if now_lb != size_lb:
             raise Refused(
                 "the image has not got its new size",
@@ -268,6 +270,10 @@ class Archives(Images):
         if not gidL:
             raise UsageError("no generation is named")
         return list(gidL)
+
+    def _when_reached(self, ax: Server, vol: str, what: str, ask: Callable[[], T]) -> T:
+        """Ask about what a command has done; a connection that is lost just then does not make it a failure."""
+        return self.wait_until(f"the {what} of {vol} at {ax.name}", ask, SHORT_TIMEOUT_SEC, s=ax, vol=vol)
 
     def _ask_job(self, ax: Server, request: Request[JobAccepted], timeoutS: float, vol: str, what: str) -> JobInfo:
         """Have a job done that changes nothing, and return it; asked again where a restart has forgotten it."""

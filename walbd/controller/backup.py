@@ -207,7 +207,7 @@ class Backup(Targets):
         what, during, known = kind
         self.wait_for_job(sx, job, timeoutS, vol=vol, what=what)
         self.wait_for_state(sx, vol, during, [k.sTarget], timeoutS)
-        self._verify_state_in(primary, vol, k.aActive)
+        self.wait_for_state(primary, vol, [], k.aActive, timeoutS)
         self._try_kick_proxies(vol, primary)
 
         def last_point() -> int | None:

@@ -90,6 +90,14 @@ def test_merge_needs_diffs_that_can_be_merged(ready: FakeGroup) -> None:
     assert ready.changes() == ["a0 merge vol0"]
 
 
+def test_a_lost_connection_is_no_failed_merge(ready: FakeGroup) -> None:
+    ready.fail("a0", m.GetExistsDiff, None, times=2)
+    ready.ctl.merge(ready.a[0], "vol0", 1, 3)
+    ready.fail("a0", c.GetBase, None)
+    ready.fail("a0", c.GetRestorable, None)
+    ready.ctl.apply(ready.a[0], "vol0", 3)
+
+
 def test_merge_that_ends_before_its_goal(ready: FakeGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ready.ctl, "exists_diff", lambda *_: False)
     with pytest.raises(Refused, match="before its goal"):
