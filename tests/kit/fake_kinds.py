@@ -14,11 +14,13 @@ from walbd.daemon.jobs import Job
 from walbd.daemon.server import Handler
 from walbd.errors import AlreadyExists, BadState, NotFound, WlogOverflow
 from walbd.format.meta import BaseState, Diff, RestorePoint, Snapshot
+from walbd.format.policy import Grid, Policy
 from walbd.ids import Gid
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
 from walbd.protocol.base import End, Fact, JobAccepted, Ok
 from walbd.protocol.codec import Message, Request
+from walbd.protocol.policy import GetPolicy, PolicyView, Trouble
 from walbd.protocol.transfer import Packing
 
 
@@ -242,6 +244,7 @@ class FakeArchive(FakeServer):
             m.BlockHash: self.block_hash,
             m.Replicate: self.replicate,
             m.Scrub: self.scrub,
+            GetPolicy: self.get_policy,
             m.GetBaseAll: self.bases,
             m.GetVolumeGroup: self.nothing,
             m.GetThinpool: self.nothing,
@@ -429,6 +432,21 @@ class FakeArchive(FakeServer):
             return {"wdiffs": 3, "damaged": int(bool(volume.damage)), "damaged_files": volume.damage}
 
         return self.job("scrub", request.volume, work)
+
+    async def get_policy(self, request: GetPolicy) -> PolicyView:
+        enabled = self.known(request.volume).policy
+        troubles = (
+            [] if enabled else [Trouble(what="apply", error_code="x", error="y", failures=1, since=1, retry=2)]
+        )
+        return PolicyView(
+            policy=Policy(keep=Grid.parse("all=48h daily=7")),
+            is_default=True,
+            enabled=enabled,
+            next="nothing",
+            applied=0,
+            merged=0,
+            troubles=troubles,
+        )
 
     async def bases(self, _request: m.GetBaseAll) -> m.BaseStates:
         rows = [(name, BaseState(Snapshot.clean(v.base), timestamp=NOW)) for name, v in self.volumes.items()]

@@ -52,6 +52,7 @@ class FakeVolume:
     image: bytes = b""  # what a scan sends
     damage: str = ""  # what is wrong with that
     gaps: list[m.Gap] = field(default_factory=list)
+    policy: bool = True  # is it on?
     replicas: list[m.ReplicaPosition] = field(default_factory=list)
 
 

@@ -68,6 +68,7 @@ def _archive_info(
         "points": [],
         "restored": [],
         "gaps": [],
+        "policy": None,
         "replicas": [to_json_ready(p) for p in volume.parts if p.server == s.name and p.dest],
     }
     if mine.state not in aActive:
@@ -78,6 +79,8 @@ def _archive_info(
         about["points"] = to_json_ready(points)
         about["gaps"] = to_json_ready(app.ctl.get_gaps(s, vol))
         about["restored"] = restored_rows(app, s, vol, mine.restored)
+        plan = app.ctl.get_policy(s, vol)
+        about["policy"] = to_json_ready(plan) | {"keep": str(plan.policy.keep)}
     except WalbError as exc:
         about["error"] = str(exc)
     return about
@@ -101,6 +104,15 @@ def recoverable(points: Sequence[RestorePoint], gaps: Sequence[m.Gap]) -> str:
     return ", ".join(parts)
 
 
+def policy_text(view: dict[str, Any]) -> str:
+    """Write what a policy keeps, what it does next, and how much it could not do."""
+    n = len(view["troubles"])
+    troubles = f", {n} trouble{'s' * (n != 1)}: see `walbc policy show`" if n else ""
+    if not view["enabled"]:
+        return f"off{troubles}"
+    return f"{view['keep']}; next: {view['next']}{troubles}"
+
+
 def _print_archive(about: dict[str, Any], all_points: bool) -> None:
     name = about["archive"]
     if about.get("error"):
@@ -116,6 +128,8 @@ def _print_archive(about: dict[str, Any], all_points: bool) -> None:
         return
     behind = f", {about['lag_s']} s behind" if about["lag_s"] else ", nothing missing"
     print(f"    recoverable: {recoverable(points, [m.Gap(**gap) for gap in about['gaps']])}{behind}")
+    if about["policy"] is not None:
+        print(f"    policy: {policy_text(about['policy'])}")
     if about["verified"]:
         print(f"    verified: {format_time(about['verified'])}")
     for row in about["restored"]:

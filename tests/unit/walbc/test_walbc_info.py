@@ -22,6 +22,7 @@ def test_info(ready: FakeGroup, walbc: Cli) -> None:
         "",
         "a0: Archived, 1 diff of 4.0 KiB",
         "    recoverable: 2027-01-15T08:00:01 (gid 1) -> 2027-01-15T08:00:02 (gid 2), nothing missing",
+        "    policy: all=48h daily=7; next: nothing",
         "    restored: 1 /images/vol0/1",
         "GID  TIME                 KIND",
         "  1  2027-01-15T08:00:01  implicit",
@@ -29,8 +30,11 @@ def test_info(ready: FakeGroup, walbc: Cli) -> None:
     ]
     ready.volume("a0").points += range(10, 40)
     assert "the newest 20 of 32 points" in says(walbc, "info", "vol0")
-    assert len(says(walbc, "info", "vol0", "--all").splitlines()) == 38
+    assert len(says(walbc, "info", "vol0", "--all").splitlines()) == 39
+    ready.volume("a0").policy = False
+    assert "    policy: off, 1 trouble: see `walbc policy show`" in says(walbc, "info", "vol0")
     about = ask_json(walbc, "info", "vol0")
+    assert about["archives"][0]["policy"]["enabled"] is False
     assert about["archives"][0]["restored"] == [{"gid": 1, "path": "/images/vol0/1"}]
     assert about["archives"][0]["lag_s"] == 0
 
