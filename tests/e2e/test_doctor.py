@@ -22,6 +22,8 @@ def test_a_healthy_group(tmp_path: Path) -> None:
     with Doctored(tmp_path, archives=2, proxies=2) as group:
         volume = group.protect(replicas=True)
         assert group.findings() == []
+        assert group.findings("vol0") == []
+        assert group.walbc("doctor", "vol9")[0] == 5
         code, text = group.walbc("doctor", "--fix")
         assert (code, "nothing is wrong" in text) == (0, True)
         group.mend(volume)

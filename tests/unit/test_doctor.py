@@ -511,6 +511,20 @@ def test_two_targets() -> None:
     assert not unsaid.steps
 
 
+def test_another_target_than_the_group_file_names() -> None:
+    scene = Scene().part("s0", state="Standby").part("s1", state="Target")
+    finding = scene.only("other-target")
+    assert finding.evidence["target"] == "s1"
+    assert not finding.steps
+    scene.forget("a1")  # it goes by what is
+    assert scene.codes() == ["other-target", "secondary-data-lost"]
+
+
+def test_a_volume_that_only_archives_know_was_given_up() -> None:
+    scene = Scene(group_file(storages=1, volume="")).forget("s0", "p0", "p1")
+    assert scene.look() == []
+
+
 def test_a_log_that_was_reset() -> None:
     finding = Scene().part("s0", lost="history-broken", log_uuid=OTHER_UUID, state="Stopped").only("orphan")
     assert finding.evidence["device_log_uuid"] == OTHER_UUID

@@ -130,6 +130,12 @@ class Case:
         """The volume at the storage that is to back it up."""
         return self.storages.get(self.intent.target)
 
+    def state_of(self, storage: str) -> str:
+        """Return the state at a storage; nothing when it does not answer."""
+        if self.o.seen[storage].status is None:
+            return ""
+        return self.storages[storage].state if storage in self.storages else k.sClear
+
     @property
     def has_history(self) -> bool:
         """The target continues a history: a backup was made."""
@@ -269,13 +275,18 @@ def infer_intent(o: Observation, vol: str, lost: frozenset[str] = frozenset()) -
     bare = Case(o, vol, Intent(), lost)
     target = entry.target.name if entry is not None and entry.target is not None else ""
     wanted = entry.archives if entry is not None else None
+    named = ""
+    others = [s for s, v in bare.storages.items() if v.state == k.sTarget and s != target]
+    if target and len(others) == 1 and bare.state_of(target) in (k.sClear, k.sSyncReady, k.sStandby, k.sStopped):
+        named, target = target, others[0]
     archives = tuple(a.name for a in wanted) if wanted is not None else _infer_archives(bare)
     return Intent(
         target=target or _infer_target(bare, devices),
         devices=devices,
         archives=archives,
-        target_said=bool(target),
+        target_said=bool(target) and not named,
         archives_said=wanted is not None,
+        named=named,
     )
 
 

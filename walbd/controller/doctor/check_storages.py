@@ -27,6 +27,8 @@ def check_storages(case: Case) -> list[Finding]:
             found += _log(case, name, v)
     found += _forgotten(case)
     found += _two_targets(case)
+    if case.intent.named:
+        found.append(_other_target(case))
     target = case.target
     if target is not None and target.state != k.BROKEN and not target.device_error and not case.at_work:
         found += _target(case, target)
@@ -134,8 +136,8 @@ def _forgotten(case: Case) -> list[Finding]:
         said = name in case.intent.devices or (is_target and case.intent.target_said)
         if name in case.storages or not (said or is_target):
             continue
-        if not said and not (case.archives or case.proxies):
-            continue
+        if not said and not case.proxies:
+            continue  # a volume that only archives know was given up on purpose, as far as one can see
         others = [s for s, v in case.storages.items() if v.state == k.sTarget]
         init, by_hand = _init_steps(case, name)
         more: tuple[Step, ...] = ()
@@ -195,6 +197,19 @@ def _two_targets(case: Case) -> list[Finding]:
             steps=steps,
         )
     ]
+
+
+def _other_target(case: Case) -> Finding:
+    named, is_it = case.intent.named, case.intent.target
+    return finding(
+        "other-target",
+        f"{is_it} backs {case.vol} up, the group file names {named}, where it is {case.state_of(named)}",
+        server=is_it,
+        volume=case.vol,
+        evidence={"target": is_it, "group_file_says": named, "state_there": case.state_of(named)},
+        by_hand=f'correct the group file: [volumes.{case.vol}] target = "{is_it}"; or move the volume back: '
+        f"walbc go-standby {case.vol} --storage {is_it}, walbc hash-backup {case.vol} --storage {named}",
+    )
 
 
 # The target

@@ -99,6 +99,9 @@ CODES: Final[Mapping[str, Kind]] = {
     ),
     "storage-broken": Kind(_E, STORAGES, "a storage cannot read a volume's record", "nothing is sent"),
     "two-targets": Kind(_E, STORAGES, "several storages are target", "two histories are mixed up"),
+    "other-target": Kind(
+        _W, STORAGES, "another storage is target than the group file names", "recovery goes by a wrong group file"
+    ),
     "overflow-standby": Kind(_W, STORAGES, "the log of a standby volume has overflowed", "nothing"),
     "storage-stopped": Kind(_E, STORAGES, "the target is stopped", "the log fills; a full log is an overflow"),
     # backups

@@ -24,7 +24,7 @@ from walbd.controller.doctor.steps import Arg, Consent, Ref, Step
 from walbd.controller.layout import GroupLayout
 from walbd.controller.overview import Word
 from walbd.controller.servers import Server, get_server
-from walbd.errors import WalbError
+from walbd.errors import NotFound, WalbError
 
 PAUSE_S: Final = 2.0  # between two looks
 PASSES_MAX: Final = 20
@@ -107,8 +107,13 @@ class Doctor:
         self._wall = wall
 
     def look(self) -> list[Finding]:
-        """Return what is wrong, in the order of mending. Looks twice where once does not tell."""
+        """Return what is wrong, in the order of mending. Looks twice where once does not tell.
+
+        Raises NotFound when only one volume is to be looked at and nobody knows it.
+        """
         self.observation = o = observe(self.ctl, self.group, self.vol, wall=self._wall)
+        if self.vol and self.vol not in volumes(o, ""):
+            raise NotFound("nobody who answers knows the volume", hint="see `walbc status`", volume=self.vol)
         for name, intent in intents_of(o, lost=self.lost).items():
             known = self.intents.get(name)
             if known is None or not known.target:

@@ -25,6 +25,7 @@ class Intent:
     archives: tuple[str, ...] = ()  # where it is to be kept, the primary one first
     target_said: bool = False  # the group file says so; else it is inferred
     archives_said: bool = False
+    named: str = ""  # the target of the group file, where another storage has become it
 
 
 @dataclass(frozen=True, kw_only=True)
