@@ -129,8 +129,8 @@ class Proxies:
             await self._check(proxy)
 
     def _due(self, proxy: Proxy) -> float:
-        """Return when to check a proxy; while none is there, each is looked for often."""
-        if any(other.available for other in self._proxies):
+        """Return when to check a proxy; one that is away is looked for often, so that its return is noticed."""
+        if proxy.available:
             return proxy.due
         interval_s = self._config().proxy_check_interval_s
         return proxy.due - interval_s + min(self._config().probe_interval_s, interval_s)

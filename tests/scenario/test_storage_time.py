@@ -108,7 +108,7 @@ def test_a_proxy_that_returns_is_used_within_one_check(tmp_path: Path) -> None:
         net.cut_off.clear()
         began = loop.time()
         await rig.until(lambda: rig.server.proxies.health()[0].available)
-        assert loop.time() - began <= 10
+        assert loop.time() - began <= 4.5  # an attempt that hangs is given up after 3 s, the next begins 1 s later
         rig.device.scribble(1)
         await rig.until_delivered()
         assert rig.pieces[-1].proxy == "p0"
