@@ -381,9 +381,7 @@ class _Look:
     def replica(self, s: Server, v: VolumeStatus, hop: HopStatus) -> Part:
         """Judge a copy that an archive has made at another one: it is as old as the last replication."""
         lag_s = max(0, self.replies[s].now - hop.oldest) if hop.diffs and hop.oldest else 0
-        text = (
-            f"gid {hop.gid_b}, {hop.diffs} diff{'s' * (hop.diffs != 1)}, {_behind(lag_s, hop.size_b)} missing"
-        )
+        text = f"gid {hop.gid_b}, {hop.diffs} diff{'s' * (hop.diffs != 1)}, {_behind(lag_s, hop.size_b)} missing"
         text += f", seen {format_time(hop.last_sent)}"
         word = Word.OK
         if hop.error:

@@ -12,7 +12,6 @@ from walbd.controller.verify import verify_type
 from walbd.errors import UsageError
 from walbd.ids import node_name
 
-
 _REPEATER_PORTS: Final = 10000  # from the port of a server to the one that it really listens on
 
 
