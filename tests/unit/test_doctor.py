@@ -572,6 +572,9 @@ def test_case_2() -> None:
         "stop_synchronizing(a0, 'vol0')", "retarget(s0, a1)", "retarget(s1, a1)", "promote_archive(a1)"
     ]  # fmt: skip
     assert finding.consent is Consent.YES
+    assert finding.waits_for == ()
+    found = {f.code: f for f in Scene().forget("a0").dead("p1").look()}
+    assert found["primary-data-lost"].waits_for == ("p1",)
 
 
 def test_case_2_of_an_archive_that_is_given_up() -> None:

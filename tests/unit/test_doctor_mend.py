@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from walbd.cli import walbc_doctor
 from walbd.controller.doctor import Allowed, Consent, Doctor, Finding, Outcome, Step
 from walbd.controller.doctor.findings import finding
 from walbd.controller.doctor.steps import Ref
@@ -189,6 +191,14 @@ def test_a_step_that_several_findings_share_is_taken_once() -> None:
     assert ctl.called == ["retarget s0 a1"]
     assert ctl.layouts == [["a1", "a0"]]
     assert outcome.group_changed
+
+
+def test_what_a_person_at_a_terminal_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(click, "confirm", lambda text: "walbc hash-backup vol0" in text)
+    monkeypatch.setattr(click, "prompt", lambda text, default: "vol0" if "type vol0" in text else default)
+    assert walbc_doctor._ask([BACKUP, CLEAR]) == Allowed(yes=True, lose=frozenset({"vol0"}))
+    monkeypatch.setattr(click, "prompt", lambda text, default: "yes")
+    assert walbc_doctor._ask([CLEAR]) == Allowed()
 
 
 def test_an_archive_that_is_given_up_must_be_one_of_the_group() -> None:

@@ -150,7 +150,7 @@ def _primary_lost(case: Case, promote_to: str) -> Finding:
     }
     dead = tuple(name for name in case.dead(k.K_ARCHIVE) if name not in case.lost)
     steps: tuple[Step, ...]
-    waits: tuple[str, ...] = ()
+    waits = tuple(case.dead(k.K_PROXY))  # all of them must be told
     by_hand = ""
     if promote_to and (promote_to in good or promote_to in vs):
         is_good = promote_to in good
@@ -159,7 +159,7 @@ def _primary_lost(case: Case, promote_to: str) -> Finding:
             text = f"{promote_to} has everything and takes over; no backup is needed"
         else:
             text = f"{promote_to} has a copy up to {vs[promote_to].latest_gid}: it takes over, then a hash backup"
-            waits = dead
+            waits += dead
     elif good:
         text = f"{good[0]} has everything: it is copied back from there"
         steps = (
@@ -174,7 +174,7 @@ def _primary_lost(case: Case, promote_to: str) -> Finding:
             Step("replicate", (Ref(old), vol, Ref(primary), False), Consent.YES),
             *case_hash_backup(case),
         )
-        waits = (*case.dead(k.K_STORAGE, k.K_PROXY), *dead)
+        waits += (*case.dead(k.K_STORAGE), *dead)
     else:
         text = "no archive has a copy: only a full backup helps"
         steps, waits = case.backup()
