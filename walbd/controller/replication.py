@@ -13,7 +13,7 @@ from walbd.controller.data import SyncOpt
 from walbd.controller.queries import require_state
 from walbd.controller.servers import Server, verify_server_kind
 from walbd.controller.verify import verify_timeout, verify_type, verify_u64
-from walbd.errors import BadState, Refused, UsageError, WalbError
+from walbd.errors import BadState, NotFound, Refused, UsageError, WalbError
 from walbd.ids import node_name
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
@@ -178,6 +178,7 @@ class Replication(Archives):
             raise
         self._start_proxies(vol)
         self._try_kick_storages()
+        self._try_forget_replica(aSrc, vol, aDst)
 
     # What a source knows of its copies
 
@@ -193,6 +194,16 @@ class Replication(Archives):
         self.ask(ax, m.ForgetReplica(volume=vol, node=node_name(name)))
 
     # Inner parts
+
+    def _try_forget_replica(self, ax: Server, vol: str, copy: Server) -> None:
+        """A copy that proxies feed needs nothing of another archive any more: its last position would only keep
+        diffs from being merged, and look like lag."""
+        try:
+            self.forget_replica(ax, vol, copy.name)
+        except NotFound:
+            pass
+        except WalbError as exc:
+            self.say(f"warning: {ax.name} still keeps diffs for {copy.name}: {exc}")
 
     def _replication_args(
         self,

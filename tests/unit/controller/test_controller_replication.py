@@ -150,13 +150,17 @@ def test_synchronize(copied: FakeGroup) -> None:
     assert changes[:2] == ["p0 stop vol0", "p1 stop vol0"]
     assert ("p0", c.Stop(volume="vol0", how=c.StopHow.EMPTY)) in copied.requests
     assert changes.index("p1 archive-info-add vol0") < changes.index("a0 replicate vol0")
-    assert changes[-4:] == ["p0 start vol0", "p1 start vol0", "s0 kick", "s1 kick"]
+    assert changes[-5:] == ["p0 start vol0", "p1 start vol0", "s0 kick", "s1 kick", "a0 forget-replica vol0"]
     assert ctl.is_synchronizing(a1, "vol0")
     assert ctl.get_archive_info(copied.p[1], "vol0", a1)[1].delayS == 4
     gid = ctl.snapshot(copied.s[0], "vol0", copied.a)
     assert gid in ctl.get_restorable_gid(a1, "vol0")
+    copied.volume("a0").replicas = [
+        m.ReplicaPosition(node="a1", address=a1.get_host_port(), gid=2, timestamp=NOW, seen=NOW)
+    ]
     ctl.synchronize(a0, "vol0", a1)  # again: nothing is lost
     assert ctl.is_synchronizing(a1, "vol0")
+    assert ctl.get_replica_positions(a0, "vol0") == []  # it is fed now, and needs nothing of a0
 
 
 def test_replicate_and_synchronize(copied: FakeGroup) -> None:
