@@ -1,6 +1,6 @@
 """Messages to bytes and back: the one place that knows msgpack.
 
-A header is the msgpack array [tag, fields]. `msgspec.convert(strict=True)` checks names and types of the
+A header is the msgpack array [tag, fields]. `walbd.format.schema` checks names and types of the
 fields, and the bounds written in the annotations. Unknown tags and unknown fields are refused: both sides
 agree on a protocol version first (docs/protocol.md, "Versions").
 """
@@ -15,6 +15,7 @@ import msgpack
 import msgspec
 
 from walbd.errors import LocalProtocolError, RemoteProtocolError
+from walbd.format.schema import convert
 
 R = TypeVar("R", bound="Message")
 M = TypeVar("M", bound="type[Message]")
@@ -66,7 +67,7 @@ def decode(header: bytes) -> Message:
         tag, fields = msgpack.unpackb(header, raw=False, strict_map_key=True, use_list=True)
         cls = MESSAGES[tag]
         _check_names(cls, fields)
-        return msgspec.convert(fields, cls, strict=True, builtin_types=(bytes,))
+        return convert(fields, cls, builtin_types=(bytes,))
     except (ValueError, TypeError, KeyError, RecursionError, msgpack.UnpackException) as exc:
         raise RemoteProtocolError("malformed message", size_b=len(header), reason=str(exc)[:200]) from exc
 

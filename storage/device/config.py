@@ -18,6 +18,7 @@ from msgspec import Meta
 from walbd.daemon.logs import LogFormat, LogLevel
 from walbd.daemon.net import Address, parse_address
 from walbd.errors import ConfigError, NotFound, UsageError
+from walbd.format.schema import convert
 from walbd.fs import FileSystem
 from walbd.storage.device.engine import Tuning
 from walbd.units import KIB, MIB, parse_size
@@ -68,7 +69,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             for name in _SIZES:
                 if isinstance(values.get(name), str):
                     values[name] = parse_size(values[name])
-            config = msgspec.convert(values, cls, strict=True)
+            config = convert(values, cls)
         except (tomllib.TOMLDecodeError, msgspec.ValidationError, UsageError) as exc:
             raise ConfigError("bad device.toml", file=source, reason=str(exc)) from exc
         config.check(source)

@@ -36,6 +36,7 @@ from walbd.controller.controller import Controller
 from walbd.controller.progress import ShowProgress, ignore_progress
 from walbd.controller.servers import Server, ServerConnectionParam, ServerLayout, get_server
 from walbd.errors import ConfigError, UsageError
+from walbd.format.schema import convert
 from walbd.fs import FileSystem
 from walbd.ids import node_name, volume_name
 
@@ -185,7 +186,7 @@ def parse_layout(text: str, path: Path) -> GroupLayout:
         values = tomllib.loads(text)
         if isinstance(values.get("timeout_s"), int) and not isinstance(values["timeout_s"], bool):
             values["timeout_s"] = float(values["timeout_s"])
-        file = msgspec.convert(values, _File, strict=True)
+        file = convert(values, _File)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError("the group file is no TOML", file=str(path), reason=str(exc)) from exc
     except msgspec.ValidationError as exc:

@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from walbd.daemon.logs import LogFormat, LogLevel
 from walbd.errors import ConfigError, UsageError
+from walbd.format.schema import convert
 from walbd.ids import node_name
 from walbd.units import parse_size
 
@@ -160,7 +161,7 @@ def load(cls: type[C], path: Path | None, options: Mapping[str, Any]) -> C:
             continue
         values[name] = _convert(setting, value)
     try:
-        config = msgspec.convert(values, cls, strict=True)
+        config = convert(values, cls)
     except msgspec.ValidationError as exc:
         raise ConfigError("bad setting", reason=str(exc), file=str(path or "options")) from exc
     config.check()

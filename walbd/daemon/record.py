@@ -16,6 +16,7 @@ import msgspec
 import xxhash
 
 from walbd.errors import CorruptData
+from walbd.format.schema import convert
 from walbd.fs import FileSystem
 
 RECORD_NAME: Final = "volume.json"
@@ -42,7 +43,7 @@ def load_record(fs: FileSystem, path: Path, cls: type[T]) -> T:
         plain = whole["record"]
         if "checksum" in whole and whole["checksum"] != _checksum(plain):
             raise ValueError("the checksum differs")
-        return msgspec.convert(plain, cls, strict=True)
+        return convert(plain, cls)
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise CorruptData(
             "the record of the volume is damaged",

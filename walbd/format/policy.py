@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from walbd.errors import UsageError
+from walbd.format.schema import convert
 
 DAY_S: Final = 86_400
 RULES: Final = ("last", "all", "hourly", "daily", "weekly", "monthly", "yearly")  # in the order they are asked
@@ -196,7 +197,7 @@ class Replication(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if len(parts) > 2:
             values["compress"] = parts[2]
         try:
-            return msgspec.convert(values, cls, strict=True)
+            return convert(values, cls)
         except msgspec.ValidationError as exc:
             raise UsageError("not a replication", hint=hint, text=text, reason=str(exc)) from exc
 
