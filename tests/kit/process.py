@@ -127,7 +127,10 @@ class Process:
                 if not self.running:
                     if self._may_die:
                         return
-                    raise AssertionError(f"{self.name} ended at its start:\n{self.tail()}")
+                    assert self._child is not None
+                    raise AssertionError(
+                        f"{self.name} ended ({self._child.returncode}) at its start:\n{self.tail()}"
+                    )
             raise AssertionError(f"{self.name} is not ready after {READY_S} s:\n{self.tail()}")
         finally:
             self._end_wait()

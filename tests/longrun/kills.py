@@ -19,7 +19,7 @@ RECOVER_S = 60
 AS_SHIPPED = ["--retry-delay-max-s", "30"]
 
 
-def run_kills(root: Path, *, seed: int, seconds: float, implicit_max: int | None = 40) -> None:
+def run_kills(root: Path, *, seed: int, seconds: float, implicit_max: int | None = None) -> None:
     """Run for so long; print what is done."""
     rng = random.Random(seed)
     options = dict.fromkeys(["storage", "proxy", "archive"], AS_SHIPPED)
