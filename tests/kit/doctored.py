@@ -95,7 +95,7 @@ class Doctored(Group):
         """Run `walbc doctor --json`."""
         code, out, _ = self._run("doctor", "--json", *args)
         found: list[dict[str, Any]] = json.loads(out)["findings"]
-        assert code == (6 if found else 0), out
+        assert code == (6 if {f["code"] for f in found} - {"job-failed", "put-aside"} else 0), out
         return found
 
     def _run(self, *args: str) -> tuple[int, str, str]:

@@ -184,6 +184,13 @@ def test_what_waits_for_a_server_is_left() -> None:
     assert outcome.left == [waiting]
 
 
+def test_what_only_tells_of_the_past_is_no_failure() -> None:
+    past = finding("job-failed", "x", server="a0", volume="vol0")
+    outcome, _ = fix(Ctl(), [START, past], [past])
+    assert outcome.left == [past]
+    assert outcome.is_well
+
+
 def test_a_step_that_several_findings_share_is_taken_once() -> None:
     other = finding("primary-data-lost", "x", server="a0", volume="vol1", steps=PROMOTE.steps)
     ctl = Ctl()

@@ -11,7 +11,7 @@ import click
 from walbd.cli.output import note, use_colour
 from walbd.cli.walbc_app import App, checked, command
 from walbd.controller.doctor import Allowed, Consent, Doctor, Finding, Outcome
-from walbd.controller.doctor.mend import intent_lines, worst_word
+from walbd.controller.doctor.mend import intent_lines, without_notes, worst_word
 from walbd.controller.layout import GroupLayout
 from walbd.controller.overview import Word
 from walbd.controller.servers import get_server
@@ -49,7 +49,8 @@ def doctor(
     """Examine the whole group (or one volume), name what is wrong, and how to mend it.
 
     Each finding has a stable code, described in docs/recovery.md. Works when servers are down. Without --fix
-    nothing is changed. Exit status: 0 nothing is wrong (any more), 6 something is.
+    nothing is changed. Exit status: 0 nothing is wrong (any more), 6 something is; what only tells of the past
+    (job-failed, put-aside) does not count.
     """
     for name in (vol, *lose):
         if name:
@@ -60,7 +61,7 @@ def doctor(
     found = it.look()
     if not fix:
         _tell_found(app, it, found)
-        return FOUND if found else 0
+        return FOUND if without_notes(found) else 0
     if not app.as_json:
         app.end_progress()
         _print_found(it, found)

@@ -29,6 +29,7 @@ from walbd.errors import NotFound, WalbError
 PAUSE_S: Final = 2.0  # between two looks
 PASSES_MAX: Final = 20
 TRIES_MAX: Final = 2  # of one finding
+_PAST: Final = ("job-failed", "put-aside")
 VERIFY_S: Final = 600.0  # until a fresh snapshot can be restored
 
 
@@ -78,8 +79,8 @@ class Outcome:
 
     @property
     def is_well(self) -> bool:
-        """Nothing is left, and everything was verified."""
-        return not self.left and all(v.error is None for v in self.verified)
+        """Nothing is left but what only tells of the past, and everything was verified."""
+        return not without_notes(self.left) and all(v.error is None for v in self.verified)
 
 
 class Doctor:
@@ -254,8 +255,8 @@ def worst_word(found: Sequence[Finding]) -> Word:
 
 
 def without_notes(found: Sequence[Finding]) -> list[Finding]:
-    """Leave out what only tells of the past."""
-    return [f for f in found if f.code not in ("job-failed", "put-aside")]
+    """Leave out what only tells of the past: nothing has to be done about it."""
+    return [f for f in found if f.code not in _PAST]
 
 
 def intent_lines(intents: dict[str, Intent]) -> list[str]:
