@@ -147,11 +147,12 @@ class GroupLayout:
         fs.replace_durably(self.path.resolve(), self.to_toml().encode())
 
 
-def find_layout(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> GroupLayout:
+def find_layout(path: Path | None = None, environ: Mapping[str, str] | None = None) -> GroupLayout:
     """Load the group file: `path` if given, else $WALBD_GROUP, ./walbd-group.toml, /etc/walbd/group.toml.
 
-    The first that is named or exists is used. Raises ConfigError.
+    The first that is named or exists is used; `environ` None: the environment. Raises ConfigError.
     """
+    environ = os.environ if environ is None else environ
     if path is not None:
         return load_layout(path)
     if named := environ.get(GROUP_VARIABLE):
