@@ -45,22 +45,25 @@ class Prober:
         self._wanted = wanted
         self._back = back
         self._down: set[str] = set()
+        self._tried: set[str] = set()  # of these: transfers may try all the same
         self._changed = Signal()
 
     def watch(self, address: str) -> None:
         """An attempt to connect has failed."""
+        self._tried.discard(address)
         if address not in self._down:
             log.warning("archive.down", address=address)
             self._down.add(address)
             self._changed.set()
 
-    def forget(self, address: str) -> None:
-        """Let the next transfer try for itself."""
-        self._down.discard(address)
+    def let_try(self, address: str) -> None:
+        """Let the next transfer try for itself; the address is looked for all the same, for the others' sake."""
+        if address in self._down:
+            self._tried.add(address)
 
     def is_down(self, address: str) -> bool:
-        """Say whether the address is being looked for."""
-        return address in self._down
+        """Say whether the address is being looked for, and transfers had better wait."""
+        return address in self._down and address not in self._tried
 
     async def run(self) -> None:
         """Look for what is down until cancelled."""
@@ -68,6 +71,7 @@ class Prober:
             await self._changed.wait_for(lambda: bool(self._down))
             await asyncio.sleep(self._config().probe_interval_s)
             self._down = {address for address in self._down if self._wanted(address)}
+            self._tried &= self._down
             async with asyncio.TaskGroup() as tasks:
                 for address in self._down:
                     tasks.create_task(self._probe(address), name=f"probe:{address}")

@@ -31,7 +31,7 @@ class SendQueue:
         tasks = 0
         for hop in hops:
             hop.clear_flag()
-            self._prober.forget(hop.entry.address)
+            self._prober.let_try(hop.entry.address)
             if hop.diffs or volume.received:
                 self._scheduler.hurry(SendKey(volume.name, hop.archive))
                 tasks += 1

@@ -16,15 +16,15 @@ import structlog
 from walbd.daemon.conn import Connection, Me, dial
 from walbd.daemon.env import Env
 from walbd.daemon.net import parse_address
-from walbd.daemon.scheduler import Again
+from walbd.daemon.scheduler import ASK_AGAIN_S, Again
 from walbd.daemon.wdiff_send import send_wdiff
 from walbd.errors import (
     ConnectError,
     CorruptData,
     DiskFailed,
     ForceStopped,
-    HistoryBroken,
     Refused,
+    RemoteError,
     TimedOut,
     WalbError,
 )
@@ -69,6 +69,7 @@ class NotTaken(Refused):
 
     code = "wdiff-not-taken"
     retryable = True
+    retry_max_s = ASK_AGAIN_S  # it is there: the end of a backup, or what another proxy has, is noticed soon
 
 
 class WrongArchive(Refused):
@@ -162,15 +163,18 @@ class Sender:
         async with volume.select(hop, size_max_b=size_max_b, n_max=self.n_max) as chosen:
             if chosen is None:
                 return None
-            answer = await conn.call(
-                WdiffOffer(
-                    volume=volume.name,
-                    sender=Kind.PROXY,
-                    uuid=chosen.uuid,
-                    size_lb=chosen.size_lb,
-                    diff=chosen.merged,
-                )
+            offer = WdiffOffer(
+                volume=volume.name,
+                sender=Kind.PROXY,
+                uuid=chosen.uuid,
+                size_lb=chosen.size_lb,
+                diff=chosen.merged,
             )
+            try:
+                answer = await conn.call(offer)
+            except RemoteError as exc:
+                exc.retry_max_s = ASK_AGAIN_S  # nothing was sent yet
+                raise
             return await self._obey(answer, conn, volume, hop, chosen)
 
     async def _obey(
@@ -193,8 +197,7 @@ class Sender:
             text = answer.hint or NEEDS_PERSON[verdict]
             return self._flag(hop, f"{verdict}: {text}", None)
         else:
-            cls = HistoryBroken if verdict is Verdict.TOO_NEW else NotTaken
-            raise cls(
+            raise NotTaken(
                 "the archive does not take the wdiff now",
                 hint=answer.hint or NOT_YET[verdict],
                 verdict=str(verdict),

@@ -18,6 +18,7 @@ from walbd.daemon.conn import Connection, dial
 from walbd.daemon.flow import ahead
 from walbd.daemon.logs import error_fields
 from walbd.daemon.net import Address
+from walbd.daemon.scheduler import ASK_AGAIN_S
 from walbd.errors import ConnectError, CorruptData, Refused, TimedOut, WalbError
 from walbd.format.meta import LogPoint, Transfer, point_after, transfer_diff
 from walbd.fs import failpoints
@@ -128,14 +129,16 @@ async def _connect(
             except WalbError as exc:
                 if isinstance(exc, ConnectError | TimedOut):
                     proxies.suspect(address)
-                log.warning("wlog.refused", volume=offer.volume, proxy=str(address), **error_fields(exc))
+                log.info("wlog.refused", volume=offer.volume, proxy=str(address), **error_fields(exc))
                 problems.append(exc)
     if not problems:
         raise ConnectError("no proxy is available", hint="see the status of the storage for each proxy")
     reasons = "; ".join(str(exc) for exc in problems)
     if all(isinstance(exc, ConnectError | TimedOut) for exc in problems):
         raise ConnectError("no proxy can be reached", reasons=reasons)
-    raise Refused("no proxy takes the log", hint="see the status of the proxies", reasons=reasons)
+    refused = Refused("no proxy takes the log", hint="see the status of the proxies", reasons=reasons)
+    refused.retry_max_s = ASK_AGAIN_S
+    raise refused
 
 
 async def _send_packs(

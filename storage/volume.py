@@ -549,26 +549,28 @@ class Volume:
 
     async def _watch(self) -> None:
         """Follow the device for ever; while it is away it is looked for once a second."""
+        lost = False  # not `device_error`: whoever asks the device changes that, too
         while True:
             problem = "the device has ended the watch"
             try:
                 async with self.device.watch() as samples:
                     async for sample in samples:
-                        self._on_sample(sample)
+                        self._on_sample(sample, returned=lost or self.device_error != "")
+                        lost = False
             except (WalbError, OSError) as exc:
                 problem = str(exc)
             except Exception as exc:  # noqa: BLE001 - a defect here must not end the daemon
                 problem = str(exc)
                 self._log.exception("device.watch_crashed")
-            if not self.device_error:
+            if not lost:
                 self._log.warning("device.lost", device=self.record.device, error=problem)
-            self.device_error = problem
+            lost, self.device_error = True, problem
             await asyncio.sleep(self.shared.config.probe_interval_s)
 
-    def _on_sample(self, sample: LsidSample) -> None:
+    def _on_sample(self, sample: LsidSample, *, returned: bool) -> None:
         scheduler = self.shared.scheduler
         self.backlog.see(sample, self.shared.now())
-        if self.device_error:
+        if returned:
             self._log.info("device.returned", device=self.record.device)
             self.device_error = ""
             scheduler.hurry(self.name)

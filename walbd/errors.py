@@ -16,6 +16,9 @@ class WalbError(Exception):
     code: ClassVar[str] = "internal"  # stable: on the wire, in logs and in --json output
     retryable: ClassVar[bool] = False  # the same call may succeed later with nothing changed by the caller
     exit_code: ClassVar[int] = 1  # of the command-line tools; docs/controller.md has the table
+    retry_max_s: float | None = (
+        None  # the most that a daemon waits before it tries again; None: as its settings say
+    )
 
     def __init__(self, message: str, *, hint: str = "", **facts: object) -> None:
         super().__init__(message)

@@ -163,6 +163,20 @@ async def test_archive_that_comes_back_is_noticed_without_a_kick(tmp_path: Path)
         assert (await rig.status()).hops[0].error_text == ""
 
 
+async def test_a_kick_of_one_volume_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path, **{**NEVER, "probe_interval_s": 0.5}) as rig:
+        await rig.begin(a0)
+        await rig.begin(a0, volume="vol1")
+        await a0.down()
+        for volume in ("vol0", "vol1"):
+            await StorageSide(rig, volume=volume).send([write(0)])
+        keys = [SendKey("vol0", "a0"), SendKey("vol1", "a0")]
+        await rig.until(lambda: all(rig.server.scheduler.failures(key) for key in keys))
+        await a0.up()
+        assert (await rig.call(Kick(volume="vol0"))).tasks == 1
+        await rig.until(lambda: {offer.volume for offer in a0.offers} == {"vol0", "vol1"})
+
+
 async def test_archive_that_dies_in_the_middle_of_a_transfer(tmp_path: Path) -> None:
     async with FakeArchive() as a0, proxy(tmp_path) as rig:
         await rig.begin(a0)

@@ -172,6 +172,23 @@ async def test_device_down_at_start_and_back_later(tmp_path: Path) -> None:
         assert await rig.state() == "Stopped"
 
 
+async def test_a_device_that_returns_is_noticed_although_somebody_has_asked_it_before(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "s", options={"retry_delay_min_s": 1000.0, "retry_delay_max_s": 1000.0})
+    async with rig.running():
+        await rig.target()
+        await rig.until_delivered()
+        volume = rig.server.volumes[VOL]
+        rig.device.go_down()
+        await rig.until(lambda: volume.device_error != "")
+        rig.server.scheduler.hurry(VOL)
+        await rig.until(lambda: rig.server.scheduler.failures(VOL) == 1)
+        rig.device.scribble(3)
+        rig.device.come_up()
+        await volume.info()  # as a status does, before the watch has found it
+        assert volume.device_error == ""
+        await rig.until_delivered()
+
+
 async def test_every_state_survives_a_restart(tmp_path: Path) -> None:
     rig = Rig(tmp_path / "s")
     async with rig.running():

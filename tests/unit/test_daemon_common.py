@@ -16,7 +16,7 @@ from walbd.daemon.conn import Connection, Me, call
 from walbd.daemon.env import Env, SystemClock
 from walbd.daemon.jobs import Job, Jobs
 from walbd.daemon.main import Shutdown, ShutdownMode
-from walbd.daemon.net import Address
+from walbd.daemon.net import Address, OsNetwork
 from walbd.daemon.reload import Settings
 from walbd.daemon.server import Server
 from walbd.errors import AlreadyExists, Busy, ConnectError, NotFound
@@ -128,3 +128,12 @@ async def test_status_and_free_space(tmp_path: Path) -> None:
     assert (reply.node, reply.kind, reply.pid, len(reply.errors[0])) == ("a0", Kind.ARCHIVE, os.getpid(), 4096)
     assert begun_actions({}).rows == []
     env.pools.close()
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example", "\u00e9" * 80])
+async def test_what_can_be_no_host_name_cannot_be_reached(host: str) -> None:
+    """It must not end a task that looks for a peer, and with it the daemon."""
+    with pytest.raises(ConnectError):
+        await OsNetwork().connect(Address(host=host, port=1))
+    with pytest.raises(ConnectError):
+        await OsNetwork().listen(Address(host=host, port=1), lambda stream: stream.abort())

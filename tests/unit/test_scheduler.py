@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 from tests.kit.virtual import run as run_virtual
 from walbd.daemon.scheduler import Again, RetryPolicy, Scheduler
+from walbd.errors import Refused
 
 RETRY = RetryPolicy(delay_min_s=1, delay_max_s=8)
 
@@ -150,6 +151,68 @@ def test_a_key_never_runs_twice_at_the_same_time_and_workers_are_bounded() -> No
             await asyncio.sleep(10)
         assert max(most) == 2
         assert len(most) == 5
+
+    run_virtual(main())
+
+
+def test_what_goes_on_is_not_held_up_by_a_push_with_a_delay() -> None:
+    """A proxy with a send delay and more than one transfer can carry: the delay is for what comes afterwards."""
+
+    async def main() -> None:
+        runs: list[float] = []
+
+        async def work(key: str) -> Again | None:
+            runs.append(asyncio.get_running_loop().time())
+            scheduler.push(key, 60)  # new log comes during the transfer
+            return Again() if len(runs) < 3 else None
+
+        scheduler = make(work)
+        async with running(scheduler):
+            scheduler.push("a")
+            await asyncio.sleep(10)
+            assert runs == [0, 0, 0]
+
+    run_virtual(main())
+
+
+def test_a_peer_that_refuses_is_asked_again_soon() -> None:
+    async def main() -> None:
+        refused = Refused("not now")
+        refused.retry_max_s = 3
+        work = Recorder(*[refused] * 5, OSError("gone"))
+        scheduler = make(work)
+        async with running(scheduler):
+            scheduler.push("a")
+            await asyncio.sleep(21.5)
+        assert work.times == [0, 1, 3, 6, 9, 12, 20]
+
+    run_virtual(main())
+
+
+def test_the_delay_is_never_below_the_least_one() -> None:
+    assert RetryPolicy(10, 20).delay(1, 3) == 10
+    assert RetryPolicy(1, 2).delay(9, 3) == 2
+
+
+def test_what_comes_back_while_a_run_fails_is_tried_at_once() -> None:
+    """The run has tried before the peer came back, and fails after: nobody would tell it again."""
+
+    async def main() -> None:
+        runs: list[float] = []
+
+        async def work(_key: str) -> None:
+            runs.append(asyncio.get_running_loop().time())
+            await asyncio.sleep(5)
+            if len(runs) < 3:
+                raise OSError("no")
+
+        scheduler = make(work)
+        async with running(scheduler):
+            scheduler.push("a")
+            await asyncio.sleep(2)
+            assert scheduler.hurry_waiting() == 0  # nothing waits
+            await asyncio.sleep(20)
+            assert runs == [0, 5, 11]  # at once, and then after a delay
 
     run_virtual(main())
 

@@ -110,7 +110,7 @@ class OsNetwork:
                 _, stream = await loop.create_unix_connection(make, address.path, ssl=tls)
             else:
                 _, stream = await loop.create_connection(make, address.host, address.port, ssl=tls)
-        except (OSError, ssl.SSLError) as exc:
+        except (OSError, ssl.SSLError, UnicodeError) as exc:  # UnicodeError: what can be no host name
             raise ConnectError("cannot connect", address=str(address), reason=_reason(exc)) from exc
         return stream
 
@@ -127,7 +127,7 @@ class OsNetwork:
             server = await loop.create_server(accepted, address.host, address.port, ssl=tls)
             port = server.sockets[0].getsockname()[1]
             return _OsListener(server, Address(host=address.host, port=port))
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:
             raise ConnectError("cannot listen", address=str(address), reason=_reason(exc)) from exc
 
 

@@ -1,7 +1,9 @@
 """The one scheduler: keyed tasks with delays, growing and capped retries, and bounded workers.
 
 A key (a volume and a purpose) waits at most once and never runs twice at the same time. A run that fails is
-tried again after a delay that doubles up to a cap, for ever; `push` never shortens that delay, `hurry` does.
+tried again after a delay that doubles up to a cap, for ever; `push` never shortens that delay, `hurry` does. The
+cap is a lower one after an error with a `retry_max_s`: a peer that is there and refuses costs little to ask, and
+cannot tell when it would not refuse any more.
 Source: docs/architecture.md, "Scheduling".
 """
 
@@ -10,16 +12,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 import structlog
 
 from walbd.daemon.logs import error_fields
 from walbd.daemon.tasks import Signal
+from walbd.errors import WalbError
 
 log = structlog.get_logger()
 
 K = TypeVar("K")
+
+ASK_AGAIN_S: Final = 3.0  # `retry_max_s` for a peer that is there and refuses
+_QUIET_S: Final = 10.0  # of failures that come more often, only the first, second, fourth, eighth ... are logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +42,10 @@ class RetryPolicy:
     delay_min_s: float = 1.0
     delay_max_s: float = 30.0
 
-    def delay(self, failures: int) -> float:
-        """Return the delay after the given number of failures in a row (at least 1)."""
-        return min(self.delay_min_s * 2.0 ** min(failures - 1, 30), max(self.delay_max_s, self.delay_min_s))
+    def delay(self, failures: int, max_s: float | None = None) -> float:
+        """Return the delay after the given number of failures in a row (at least 1); `max_s`: a lower cap."""
+        cap_s = self.delay_max_s if max_s is None else min(self.delay_max_s, max_s)
+        return min(self.delay_min_s * 2.0 ** min(failures - 1, 30), max(cap_s, self.delay_min_s))
 
 
 class Waiting(NamedTuple, Generic[K]):
@@ -73,6 +80,7 @@ class Scheduler(Generic[K]):
         self._waiting: dict[K, _Entry] = {}
         self._running: set[K] = set()
         self._failures: dict[K, int] = {}
+        self._again_if_failed: set[K] = set()  # running, and what they may fail for has just changed
         self._changed = Signal()
         self._draining = False
 
@@ -95,7 +103,8 @@ class Scheduler(Generic[K]):
             self._changed.set()
 
     def hurry_waiting(self, which: Callable[[K], bool] = lambda _: True) -> int:
-        """Make all waiting keys that match due now; return how many."""
+        """Make all waiting keys that match due now; return how many. One that runs is tried again if it fails."""
+        self._again_if_failed |= {key for key in self._running if which(key)}
         keys = [key for key in self._waiting if which(key)]
         for key in keys:
             self.hurry(key)
@@ -176,8 +185,9 @@ class Scheduler(Generic[K]):
         except Exception as exc:  # noqa: BLE001 - whatever failed is logged and tried again
             failures = self._failures.get(key, 0) + 1
             self._failures[key] = failures
-            again = Again(self._retry.delay(failures))
-            log.warning(
+            again = Again(self._retry.delay(failures, exc.retry_max_s if isinstance(exc, WalbError) else None))
+            tell = log.warning if failures & (failures - 1) == 0 or again.delay_s > _QUIET_S else log.debug
+            tell(
                 "task.failed",
                 task=self._name,
                 key=str(key),
@@ -188,10 +198,20 @@ class Scheduler(Generic[K]):
         finally:
             self._running.discard(key)
             if again is not None:
-                self.push(key, again.delay_s)
-                waiting = self._waiting.get(key)
-                if waiting is not None and self._failures.get(key) and not waiting.hurried:
-                    # Pushed while it ran and failed: an event does not shorten the delay, only a hurry does.
-                    waiting.due = max(waiting.due, self._now() + again.delay_s)
-                    waiting.failures = self._failures[key]
+                self._come_again(key, again.delay_s)
+            self._again_if_failed.discard(key)
             self._changed.set()
+
+    def _come_again(self, key: K, delay_s: float) -> None:
+        """Have a key that has run wait, which may have been pushed meanwhile."""
+        failures = self._failures.get(key, 0)
+        if failures and key in self._again_if_failed:
+            self.hurry(key)
+        self.push(key, delay_s)
+        waiting = self._waiting.get(key)
+        if waiting is None or waiting.hurried:
+            return
+        due = self._now() + delay_s
+        # An event does not shorten the delay after a failure, only a hurry does; nor does it hold up what goes on.
+        waiting.due = max(waiting.due, due) if failures else min(waiting.due, due)
+        waiting.failures = failures
