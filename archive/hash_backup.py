@@ -23,7 +23,7 @@ from walbd.archive.gaps import HASH_BACKUP, gaps_after
 from walbd.archive.pending import commit_pending
 from walbd.archive.receive import WdiffSink, grow
 from walbd.archive.slots import Slots
-from walbd.archive.states import SCAN, Command, State
+from walbd.archive.states import SCAN, Command
 from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Volume, check_room
 from walbd.daemon.conn import Connection, with_filler
@@ -71,12 +71,11 @@ async def receive_hash_backup(
         raise Busy("too many backups are running", hint="try again when one has ended", backups_max=slots.n_max)
     with slots.turn() as turn:
         await turn.comes()
-        step = volume.enter(Command.HASH_BACKUP)
+        volume.enter(Command.HASH_BACKUP)
         try:
             receiving = _Receiving(volume, conn, offer)
             with volume.machine.action(SCAN, volume.place.env.clock.now()):
                 diff = await receiving.run()
-            await volume.machine.commit_step(step, _nothing_more)
         finally:
             volume.progress_lb = 0
             volume.machine.leave()
@@ -85,10 +84,6 @@ async def receive_hash_backup(
     size_b = receiving.sink.size_b
     log.info("hash_backup.received", volume=volume.name, size_lb=offer.size_lb, diff=str(diff), size_b=size_b)
     return BackupDone(archive_uuid=parse_uuid(volume.record.archive_uuid))
-
-
-async def _nothing_more(_to: State) -> None:
-    """The state is Archived before and after, and the wdiff is its own record."""
 
 
 class _Receiving:
@@ -112,7 +107,7 @@ class _Receiving:
                     opening = stack.enter_async_context(open_virtual(volume, latest.gid_b, Pool.QUERY))
                     image = await with_filler(conn, opening)
                     await pools.run(Pool.RECEIVE, self._open)
-                    await conn.send(BackupAccepted(latest=latest, size_lb=volume.size_lb))
+                    await conn.send(BackupAccepted(latest=latest, size_lb=image.size_b // LB))
                     await self._compare(image)
                 diff = await self._end(latest)
             await uninterrupted(self._commit(diff))
@@ -172,7 +167,7 @@ class _Receiving:
     async def _end(self, latest: Snapshot) -> Diff:
         """Hear which snapshot it is, and return the label of the diff that leads there."""
         taken = (await self._conn.expect(BackupEnd)).snapshot
-        if taken.gid_b != hash_backup_gid(latest) or not taken.gid_b < taken.gid_e <= _GID_MAX:
+        if not hash_backup_gid(latest) <= taken.gid_b < taken.gid_e <= _GID_MAX:
             raise RemoteProtocolError("a hash backup ends with another snapshot", snapshot=taken, latest=latest)
         return hash_backup_diff(latest, taken, self._offer.started)
 

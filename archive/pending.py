@@ -58,9 +58,7 @@ async def commit_pending(
     except WalbError:
         await _take_back(volume, diff)
         raise
-    volume.record = pending.applied(volume.record)  # if it cannot be saved, a start finds the same
-    volume.add_diff(named)
-    await volume.save()
+    await volume.fulfil(pending, named)
 
 
 async def _take_back(volume: Volume, diff: Diff) -> None:

@@ -70,10 +70,10 @@ def judge(volume: Volume | None, offer: WdiffOffer, sender: Kind, *, auto_resize
         return Verdict.BUSY
     if machine.during is not None or machine.state is not State.ARCHIVED:
         return Verdict.NOT_READY
-    if sender is Kind.PROXY and volume.record.uuid == NIL_UUID.hex():
-        return Verdict.NOT_READY  # a replication has still to tell the history: nobody may throw anything away
     if sender is Kind.PROXY and offer.uuid.hex() != volume.record.uuid:
-        return Verdict.DIFFERENT_UUID
+        # A replication may bring this history, or has still to tell any: nobody may throw anything away.
+        unknown = volume.replications or volume.record.uuid == NIL_UUID.hex()
+        return Verdict.NOT_READY if unknown else Verdict.DIFFERENT_UUID
     if offer.size_lb > volume.size_lb and not auto_resize:
         return Verdict.SMALLER
     return _RELATIONS[relation(volume.latest.begin, offer.diff)]
@@ -120,7 +120,7 @@ async def _transfer(
     volume: Volume, conn: Connection, offer: WdiffOffer, accept: WdiffVerdict
 ) -> WdiffVerdict | Ok:
     """Receive what was accepted. No await stands between the verdict and the step."""
-    step = volume.enter(Command.WDIFF_TRANSFER)
+    volume.enter(Command.WDIFF_TRANSFER)
     place = volume.place
     pools = place.env.pools
     diff = trim(offer.diff, volume.latest.begin)
@@ -128,6 +128,7 @@ async def _transfer(
     try:
         try:
             async with volume.giving_up():
+                await volume.settle()
                 if await pools.run(Pool.RECORD, look_for_room, place, volume.name) is None:
                     return WdiffVerdict(verdict=Verdict.NOT_FOUND, hint="the base image has vanished")
                 if offer.size_lb > volume.size_lb:
@@ -138,7 +139,6 @@ async def _transfer(
             await uninterrupted(_commit(volume, sink, diff, offer.uuid))
         finally:
             await pools.run(Pool.RECEIVE, sink.close)
-        await volume.machine.commit_step(step, _nothing_more)
     finally:
         volume.machine.leave()
     with disk_errors(volume.directory, "acknowledge"):
@@ -172,10 +172,6 @@ async def _commit(volume: Volume, sink: WdiffSink, diff: Diff, uuid: bytes) -> N
     """Name the file and register the diff: one step, whatever is cancelled meanwhile."""
     await commit_pending(volume, sink, diff, uuid, gaps_after(volume, diff))
     volume.received = volume.place.env.clock.now()
-
-
-async def _nothing_more(_to: State) -> None:
-    """The state is Archived before and after, and the wdiff is its own record."""
 
 
 async def grow(volume: Volume, size_lb: int) -> None:

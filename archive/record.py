@@ -20,7 +20,6 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     diff: Diff
     uuid: str
-    verified: int = 0  # when the last scrub that found no damage began [unix s]
     gaps: tuple[Gap, ...]
 
     def is_true(self, record: VolumeRecord) -> bool:

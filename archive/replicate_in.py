@@ -111,18 +111,23 @@ class Destination:
         size_b = await self._place.env.pools.run(Pool.RECORD, self._place.images.base_size, volume.name)
         kind = plan(volume, offer, has_image=size_b is not None)
         reception = _Reception(volume, conn, offer, kind, self._wdiffs)
-        if kind is ReplicationKind.ROUNDS:
-            await conn.send(ReplicatePlan(kind=kind))
-            return await reception.run()
-        if self._copies.is_full:
+        if kind is not ReplicationKind.ROUNDS and self._copies.is_full:
             raise Busy(
                 "too many images are being received", hint="try again when one is done", n_max=self._copies.n_max
             )
-        with self._copies.turn() as turn:
-            await turn.comes()
-            await conn.send(ReplicatePlan(kind=kind))
-            await reception.copy()
-        return await reception.run()
+        volume.replications += 1
+        try:
+            if kind is ReplicationKind.ROUNDS:
+                await conn.send(ReplicatePlan(kind=kind))
+            else:
+                with self._copies.turn() as turn:
+                    await turn.comes()
+                    await conn.send(ReplicatePlan(kind=kind))
+                    await reception.copy()
+            return await reception.run()
+        finally:
+            volume.replications -= 1
+            volume.machine.changed.set()
 
 
 def plan(volume: Volume, offer: ReplicateOffer, *, has_image: bool) -> ReplicationKind:
@@ -210,7 +215,10 @@ class _Reception:
             volume.check(Command.REPL_ROUND)
         latest = volume.latest
         return ReplicateState(
-            latest=latest.begin, timestamp=latest.timestamp, uuid=bytes.fromhex(volume.record.uuid)
+            latest=latest.begin,
+            timestamp=latest.timestamp,
+            uuid=bytes.fromhex(volume.record.uuid),
+            size_lb=volume.size_lb,
         )
 
     async def _enter(self, command: Command, *excludes: str) -> Step:
@@ -366,17 +374,14 @@ class _Reception:
         self, request: ReplicateDiff | ReplicateHash, take: Callable[[Any, WdiffSink], Awaitable[None]]
     ) -> Message:
         """Take one wdiff, if we still are where the source believes us to be."""
-        with self._wdiffs.turn() as turn:
-            await with_filler(self._conn, turn.comes())
-            return await self._in_turn(request, take)
-
-    async def _in_turn(
-        self, request: ReplicateDiff | ReplicateHash, take: Callable[[Any, WdiffSink], Awaitable[None]]
-    ) -> Message:
         volume, compares = self._volume, isinstance(request, ReplicateHash)
         with ExitStack() as held:
-            step = await self._enter(Command.REPL_ROUND, *([APPLY] if compares else []))
+            await self._enter(Command.REPL_ROUND, *([APPLY] if compares else []))
             held.callback(self._leave)
+            turn = held.enter_context(self._wdiffs.turn())  # not before: who waits for the step needs none
+            async with volume.giving_up():
+                await with_filler(self._conn, turn.comes())
+                await volume.settle()
             if compares:  # an apply would change the image that is compared
                 held.enter_context(volume.machine.action(SCAN, volume.place.env.clock.now()))
             if (volume.latest.begin, volume.record.uuid) != (request.latest, request.latest_uuid.hex()):
@@ -396,7 +401,6 @@ class _Reception:
                 await uninterrupted(self._commit_round(sink, diff, request))
             finally:
                 await self._pools.run(Pool.RECEIVE, sink.close)
-            await volume.machine.commit_step(step, _nothing_more)
         self._hit(FP_ROUND_BEFORE_ACK)
         log.info("replication.round", volume=volume.name, diff=str(diff), hash=compares, size_b=sink.size_b)
         return Ok()
@@ -465,10 +469,6 @@ class _Reception:
                 await self._pools.run(Pool.RECEIVE, _erase, volume, removed)
             except WalbError as exc:
                 log.warning("diffs.not_removed", volume=volume.name, diffs=len(removed), **error_fields(exc))
-
-
-async def _nothing_more(_to: State) -> None:
-    """The state is Archived before and after, and the wdiff is its own record."""
 
 
 def check_base(base: BaseState, size_lb: int, offer: ReplicateOffer) -> None:

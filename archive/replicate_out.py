@@ -15,7 +15,7 @@ again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -366,8 +366,8 @@ class Replication:
         async with AsyncExitStack() as stack:
             opening = open_virtual(volume, gid, Pool.SEND)
             image = await with_filler(conn, stack.enter_async_context(opening))
-            uuid = await self._history_after(volume.diffs.to_materialise(volume.base, gid, clean=True))
-            source = self._source(image, job)
+            uuid = await self._history_after(lambda: volume.diffs.to_materialise(volume.base, gid, clean=True))
+            source = self._source(image, job, at.size_lb * LB)
             seed = self._env.rng.getrandbits(64)
             request = ReplicateHash(
                 latest=at.latest,
@@ -421,31 +421,34 @@ class Replication:
         volume, pools, conn = self.volume, self._env.pools, self.conn
         opening = open_diffs(volume, Pool.SEND, lambda: volume.diffs.minimum(volume.base))
         found = await with_filler(conn, stack.enter_async_context(opening))
-        uuid = await self._history_after(found.diffs)
+        uuid = await self._history_after(lambda: found.diffs)
         base = await pools.run(Pool.SEND, volume.place.images.open_base, volume.name)
         stack.push_async_callback(pools.run, Pool.SEND, base.close)
         size_b, check = volume.size_lb * LB, volume.check_force
         look = pools.run(Pool.SEND, VirtualImage, base, found.readers, size_b, check=check)
         return self._source(await with_filler(conn, look), job), uuid
 
-    def _source(self, image: VirtualImage, job: Job) -> ImageSource:
+    def _source(self, image: VirtualImage, job: Job, least_b: int = 0) -> ImageSource:
+        """Return an image to be copied, with zeros behind its end where `least_b` is more."""
+
         async def read(offset_b: int, size_b: int) -> bytes:
             return await self._env.pools.run(Pool.SEND, image.read, offset_b, size_b)
 
-        return ImageSource(read=read, size_b=image.size_b, tick=job.progress)
+        size_b = max(image.size_b, least_b)
+        return ImageSource(read=read, size_b=size_b, data_b=image.size_b, tick=job.progress)
 
-    async def _history_after(self, diffs: list[Diff]) -> bytes:
-        """Return the log history that the base with these diffs belongs to: that of the last diff.
+    async def _history_after(self, way: Callable[[], list[Diff]]) -> bytes:
+        """Return the log history that the base with the diffs of `way` belongs to: that of the last diff.
 
         Of the base alone: that of the diff that leads on from it, which is the same, or begins there. Where that
         one was made by comparing, nobody can tell, and the destination will have to compare, too.
         """
 
         def choose() -> list[Diff]:
-            return diffs[-1:] or [diff for diff, _ in islice(volume.diffs.steps(volume.base.begin), 1)]
+            return way()[-1:] or [diff for diff, _ in islice(volume.diffs.steps(volume.base.begin), 1)]
 
         volume = self.volume
         async with open_diffs(volume, Pool.SEND, choose) as found:
-            if not diffs and found.diffs and found.diffs[0].comp:
+            if not way() and found.diffs and found.diffs[0].comp:
                 return NIL_UUID
             return self._uuid_of(found.readers[0].header.uuid if found.readers else NIL_UUID)

@@ -19,7 +19,7 @@ import msgspec
 
 from walbd.archive.config import ArchiveConfig
 from walbd.archive.images.store import ImageStore
-from walbd.archive.record import VolumeRecord
+from walbd.archive.record import Pending, VolumeRecord
 from walbd.archive.recover import Loaded
 from walbd.archive.states import ADDING, TABLE, Command, State
 from walbd.daemon.env import Env, Pool
@@ -73,6 +73,7 @@ class Volume:
         self.naming = asyncio.Lock()  # held while files of diffs are renamed or removed, with the collection
         self.merging: Diff | None = None  # what a running merge makes: a snapshot inside it is about to vanish
         self.replicating: set[str] = set()  # addresses of destinations to which a replication runs
+        self.replications = 0  # that come: each may bring another log history
         self._lock = asyncio.Lock()
         self._unsure = False  # a save failed: the disk may hold either record
         self._points: dict[bool, list[RestorePoint]] = {}
@@ -175,6 +176,20 @@ class Volume:
         """End a step well: its target state, with other fields of the record, durable and then visible."""
         await self.machine.commit_step(step, lambda to: self.save(state=to, **changes))
 
+    async def fulfil(self, pending: Pending, diff: Diff) -> None:
+        """Take a diff whose name makes true what is pending: it is so here at once, also when the save fails.
+
+        For then the disk still says what is pending, and a start finds the same. Raises as `save` does.
+        """
+
+        async def both() -> None:
+            async with self._lock:  # a save that is at work knows nothing of it, and must not have the last word
+                self.record = pending.applied(self.record)
+                self.add_diff(diff)
+                await self._write(self.record)
+
+        await uninterrupted(both())
+
     async def settle(self) -> None:
         """Make sure that the disk holds this record, if an earlier save failed."""
         if self._unsure:
@@ -182,17 +197,19 @@ class Volume:
 
     async def _save(self, change: Callable[[VolumeRecord], dict[str, Any]]) -> None:
         async with self._lock:
-            record = msgspec.structs.replace(self.record, **change(self.record))
-            path = self.directory / RECORD_NAME
-            env = self.place.env
-            try:
-                await env.pools.run(Pool.RECORD, _write_record, env.fs, path, record)
-            except WalbError:
-                self._unsure = True
-                raise
-            self.record = record
-            self._unsure = False
-            self._points.clear()
+            await self._write(msgspec.structs.replace(self.record, **change(self.record)))
+
+    async def _write(self, record: VolumeRecord) -> None:
+        """Make a record durable, and then visible; the caller holds the lock."""
+        env = self.place.env
+        try:
+            await env.pools.run(Pool.RECORD, _write_record, env.fs, self.directory / RECORD_NAME, record)
+        except WalbError:
+            self._unsure = True
+            raise
+        self.record = record
+        self._unsure = False
+        self._points.clear()
 
     def add_diff(self, diff: Diff) -> None:
         """Take a diff whose file is durable; it continues `latest`."""

@@ -130,6 +130,7 @@ class ReplicateState(Message):
     latest: Snapshot
     timestamp: Time
     uuid: Uuid
+    size_lb: U64 = 0  # of its image: a comparison takes in all of it, with zeros behind the source's end
 
 
 @message("replicate-latest")

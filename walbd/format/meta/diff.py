@@ -146,14 +146,16 @@ def can_apply(snapshot: Snapshot, diffs: Iterable[Diff]) -> bool:
 def trim(diff: Diff, snapshot: Snapshot) -> Diff:
     """Return `diff` labelled to begin at `snapshot`, with the same contents; raises NotApplicable.
 
-    For a receiver whose newest snapshot lies inside a clean diff: the blocks are good from there too, and a
-    label that begins there cannot lead past snapshots that are protected here. What the sender merged over
-    is implicit, so a moved begin is mergeable. Dirty and compared diffs are returned as they are.
+    For a receiver whose newest snapshot lies inside a diff: the blocks are good from there too, and a label that
+    begins there cannot lead past snapshots that are protected here, nor be used from other images below, of which
+    the sender knew nothing. What the sender merged over is implicit, so a moved begin is mergeable. Compared diffs
+    are returned as they are.
     """
     _require_applicable(snapshot, diff)
-    if diff.comp or not diff.is_clean or diff.begin.gid_b == snapshot.gid_b:
+    if diff.comp or diff.begin.gid_b == snapshot.gid_b:
         return diff
-    return replace(diff, begin=Snapshot.clean(snapshot.gid_b), mergeable=True)
+    begin = Snapshot.clean(snapshot.gid_b) if diff.is_clean else snapshot
+    return replace(diff, begin=begin, mergeable=True) if begin.gid_e <= diff.end.gid_e else diff
 
 
 def can_merge(first: Diff, second: Diff) -> bool:
