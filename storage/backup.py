@@ -21,7 +21,7 @@ from walbd.daemon.full_copy import send_full
 from walbd.daemon.hash_sync import send_differences
 from walbd.daemon.jobs import Job
 from walbd.daemon.states import Step
-from walbd.errors import ConnectError, RemoteError, RemoteProtocolError, TimedOut, WalbError
+from walbd.errors import ConnectError, Refused, RemoteError, RemoteProtocolError, TimedOut, WalbError
 from walbd.format.compress import CompressOpt
 from walbd.format.meta import Snapshot, hash_backup_gid
 from walbd.fs import failpoints
@@ -232,7 +232,11 @@ class HashBackup(Backup):
             raise RemoteProtocolError(
                 "the archive has nothing to compare with", latest=latest, size_lb=accepted.size_lb
             )
-        return hash_backup_gid(latest)
+        # A snapshot that was answered and then lost on its way must not come back with other contents.
+        gid = max(hash_backup_gid(latest), self._volume.record.gid_greatest + 1)
+        if gid >= NO_GID >> 1:
+            raise Refused("no generation is left", hint="clear the volume, and run a full backup", gid=gid)
+        return Gid(gid)
 
     async def _scan(self, job: Job, conn: Connection, source: ImageSource, uuid: bytes) -> dict[str, Fact]:
         shared = self._volume.shared

@@ -16,7 +16,7 @@ from walbd.daemon.record import RECORD_NAME, load_record, save_record
 from walbd.errors import CorruptData, UsageError
 from walbd.format.meta import NO_POINT, LogPoint, drop_delivered, reset_point
 from walbd.fs import FileSystem
-from walbd.ids import NIL_UUID, parse_uuid, uuid_text
+from walbd.ids import NIL_UUID, NO_GID, parse_uuid, uuid_text
 from walbd.storage.states import State
 
 BAD_HEADER_PREFIX: Final = "logpackheader-"  # blocks kept for analysis, one file for each lsid
@@ -31,6 +31,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     uuid_hex: str = uuid_text(NIL_UUID)  # of the log that `done` and `queue` speak of; nil: none yet
     done: LogPoint = NO_POINT  # everything before it is safe at a proxy
     queue: tuple[LogPoint, ...] = ()  # snapshots not yet delivered, oldest first
+    gid_past: int = 0  # greatest generation given out before the last reset of the log
     cut_lsid: int = 0  # where a partial stretch from `done` ended that a proxy may have; 0: none was sent
 
     @property
@@ -41,6 +42,11 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def newest(self) -> LogPoint:
         """The newest snapshot, delivered or not."""
         return self.queue[-1] if self.queue else self.done
+
+    @property
+    def gid_greatest(self) -> int:
+        """The greatest generation ever given out here: somebody may know it, so no other snapshot may get it."""
+        return self.gid_past if self.newest.is_none else max(self.gid_past, self.newest.gid)
 
     def with_state(self, state: State) -> VolumeRecord:
         """Return the record with another state."""
@@ -62,6 +68,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             uuid_hex=uuid_text(uuid),
             done=reset_point(gid, now),
             queue=(),
+            gid_past=self.gid_greatest,
             cut_lsid=0,
         )
 
@@ -101,6 +108,8 @@ def _problem(record: VolumeRecord) -> str:
     for before, after in pairwise(points):
         if after.is_none or before.is_none or after.lsid < before.lsid or after.gid <= before.gid:
             return "its snapshots are not in order"
+    if not 0 <= record.gid_past < NO_GID:
+        return "its greatest generation is impossible"
     if record.cut_lsid and record.cut_lsid <= record.done.lsid:
         return "its transfer was cut before it began"
     return ""

@@ -82,6 +82,28 @@ async def test_a_lost_log_is_bridged(tmp_path: Path, bulk_b: int, packing: str) 
         assert await rig.image(new) == image
 
 
+async def test_a_lost_snapshot_never_comes_back_with_other_contents(tmp_path: Path) -> None:
+    """Its generation was answered, but its log was lost: whoever asks for it must hear that it is not there."""
+    rig = BackupRig(tmp_path)
+    async with rig.running():
+        await rig.full_backup()
+        kept, _ = await rig.snapshot()
+        await rig.proxy.crash()
+        lost = 0
+        for _ in range(3):
+            rig.device.scribble(3)
+            lost = (await rig.storage.call(c.TakeSnapshot(volume=VOL))).gid
+        await to_sync_ready(rig)  # the log is given up, and with it these snapshots
+        await rig.proxy.up()
+        gid = await rig.done_hash_backup()
+        rig.device.scribble(3)
+        new, image = await rig.snapshot()
+        assert await rig.image(new) == image
+        assert kept < lost < gid < new
+        gids = [point.gid for point in rig.archive.server.volumes[VOL].restorable(all_points=True)]
+        assert not [known for known in gids if kept < known <= lost]
+
+
 async def test_nothing_differs(tmp_path: Path) -> None:
     rig = BackupRig(tmp_path)
     rig.device.scribble(30)
