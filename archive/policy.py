@@ -32,6 +32,7 @@ from walbd.errors import BadState, Busy, ForceStopped, Stopping, WalbError, code
 from walbd.format.meta import NotMergeable, NotReachable
 from walbd.format.planning import LOOK_S, Action, Apply, Facts, Merge, Planner, is_right
 from walbd.format.policy import Grid, Policy, Replication, parse_levels
+from walbd.format.retention import reference_time
 from walbd.protocol.base import JobAccepted
 from walbd.protocol.maintenance import Replicate
 from walbd.protocol.policy import PolicyView, ReplicationView, Trouble
@@ -41,11 +42,17 @@ log = structlog.get_logger()
 _VOLUMES_MAX: Final = 1000  # looked at, at the same time
 _LATER_S: Final = 3.0  # to wait when something excludes the step
 _ASIDE_S: Final = 3.0  # nothing new is begun so long after an operator's request
+_ASIDE_MAX_S: Final = 30.0  # but requests that never cease hold up no step for longer than this
+_STALE_MAX: Final = 10  # so often in a row a step may turn out not to fit what is there; then it fails
 _PATIENCE_S: Final = 5.0  # an operator's request waits so long for a step that has begun
 _REST_MAX_S: Final = 60.0
 _REPLICATE_TO: Final = "replicate to "
 _RETRY: Final = RetryPolicy(10.0, 3600.0)  # of a step that fails
-_POSTPONED: Final = (Busy, BadState, Stopping, NotMergeable, NotReachable)  # the world has moved on: no failures
+_EXCLUDED: Final = (Busy, BadState, Stopping, ForceStopped)  # something else is at work: no failures
+_STALE: Final = (
+    NotMergeable,
+    NotReachable,
+)  # the world has moved on: no failures, unless it does so again and again
 
 Begin = Callable[[Replicate], Awaitable[JobAccepted]]
 
@@ -76,6 +83,20 @@ class _Watch:
     planner: Planner = field(default_factory=Planner)
     troubles: dict[str, _Trouble] = field(default_factory=dict)  # by the words for the step
     aside: float = 0.0  # nothing is begun before this, in loop time
+    aside_since: float = 0.0  # when it began to be put off without a break
+    stale: tuple[str, int] = ("", 0)  # the last step that did not fit what is there, and how often in a row
+
+    def stand_aside(self, now: float) -> None:
+        """Begin nothing for a while; after a long row of requests the policy has a few seconds for its turn."""
+        if now > self.aside + _ASIDE_S:
+            self.aside_since = now
+        self.aside = max(self.aside, min(now + _ASIDE_S, self.aside_since + _ASIDE_MAX_S))
+
+    def is_stale(self, what: str) -> bool:
+        """Count that a step does not fit what is there; say whether that may pass."""
+        last, count = self.stale
+        self.stale = (what, count + 1 if what == last else 1)
+        return self.stale[1] < _STALE_MAX and what not in self.troubles
 
 
 class PolicyRunner:
@@ -158,7 +179,7 @@ class PolicyRunner:
         volume = self._volumes.get(name)
         if volume is None:
             return
-        self._watch(volume).aside = asyncio.get_running_loop().time() + _ASIDE_S
+        self._watch(volume).stand_aside(asyncio.get_running_loop().time())
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 await self._changed.wait_for(lambda: not isinstance(self._acting.get(name), minds))
@@ -191,10 +212,13 @@ class PolicyRunner:
     def facts(self, volume: Volume, policy: Policy | None = None) -> Facts:
         """Return what a step is chosen from, with the volume's policy or another one."""
         record, now = volume.record, self._place.env.clock.now()
+        reference = reference_time(_newest(volume), now)  # a clock that jumps ahead makes no replica unneeded
         policy = policy or self.policy_of(volume)
         listed = {replication.dest for replication in policy.replications if replication.enabled}
         needed = [
-            row.gid for row in record.replicas if row.address in listed or now - row.seen < policy.replica_keep_s
+            row.gid
+            for row in record.replicas
+            if row.address in listed or reference - row.seen < policy.replica_keep_s
         ]
         return Facts(
             base=record.base,
@@ -206,8 +230,13 @@ class PolicyRunner:
             needed=needed,
             applied=record.began.get(APPLY, 0),
             newest=_newest(volume),
-            merge_max=self._place.config.open_files_max or 1000,
+            merge_max=self._merge_max(),
         )
+
+    def _merge_max(self) -> int:
+        """Return how many diffs a merge may read; more would be refused."""
+        config = self._place.config
+        return max(min(config.open_files_max or 1000, config.scan_files_max or 1000), 2)
 
     def next_step(self, volume: Volume, policy: Policy | None = None) -> str:
         """Say what would be done next, or why nothing would."""
@@ -320,10 +349,10 @@ class PolicyRunner:
                     await self._merge(volume, action)
                 case Apply():
                     await self._apply(volume, action)
-        except (*_POSTPONED, ForceStopped) as exc:
-            log.debug("policy.postponed", volume=volume.name, step=what, **error_fields(exc))
-            return _LATER_S
         except WalbError as exc:
+            if isinstance(exc, _EXCLUDED) or (isinstance(exc, _STALE) and watch.is_stale(what)):
+                log.debug("policy.postponed", volume=volume.name, step=what, **error_fields(exc))
+                return _LATER_S
             trouble = watch.troubles.setdefault(what, _Trouble(exc, self._place.env.clock.now()))
             if trouble.failed(exc, _RETRY):
                 log.warning("policy.failed", volume=volume.name, step=what, **error_fields(exc))
@@ -332,6 +361,7 @@ class PolicyRunner:
             del self._acting[volume.name]
             self._changed.set()
         watch.troubles.pop(what, None)
+        watch.stale = ("", 0)
         return 0.0
 
     async def _merge(self, volume: Volume, action: Merge) -> None:
@@ -339,11 +369,13 @@ class PolicyRunner:
             await change_snapshots(volume, action.release, Command.DISABLE_SNAPSHOT)
         # A hold may have come meanwhile. From here on nothing is awaited until the action keeps others out.
         if not is_right(action, self.facts(volume)):
-            raise Busy("the volume has changed meanwhile", volume=volume.name)
+            raise NotMergeable("the volume has changed meanwhile", volume=volume.name)
         volume.check(Command.MERGE)
         plan = plan_merge(volume, action.gid_b, action.gid_e)[: len(action.diffs)]
         if plan != list(action.diffs):
-            raise Busy("other diffs lie here", volume=volume.name, plan=len(plan), wanted=len(action.diffs))
+            raise NotMergeable(
+                "other diffs lie here", volume=volume.name, plan=len(plan), wanted=len(action.diffs)
+            )
         with volume.machine.action(MERGE, self._place.env.clock.now()):
             await self._jobs.within(
                 "policy-merge", volume.name, lambda job: run_merge(volume, plan, job), routine=True
@@ -392,7 +424,7 @@ class PolicyRunner:
             await job.ended()
             if isinstance(job.error, WalbError):
                 raise job.error
-        except (Busy, Stopping, BadState, ForceStopped) as exc:
+        except _EXCLUDED as exc:
             log.debug("policy.postponed", volume=volume.name, step=what, **error_fields(exc))
             return Again(_LATER_S)
         except WalbError as exc:

@@ -16,6 +16,7 @@ from walbd.daemon.server import Handler
 from walbd.errors import NotFound, UsageError
 from walbd.format.planning import Apply, Merge, verdicts_on
 from walbd.format.policy import Policy
+from walbd.format.retention import is_holding, reference_time
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
 from walbd.protocol.base import Ok
@@ -61,7 +62,9 @@ CHANGING: Final[frozenset[type[Request[Any]]]] = frozenset(
     }
 )
 # With these something comes.
-COMING: Final[frozenset[type[Request[Any]]]] = frozenset({FullBackupOffer, WdiffOffer})
+COMING: Final[frozenset[type[Request[Any]]]] = frozenset(
+    {FullBackupOffer, HashBackupOffer, ReplicateOffer, WdiffOffer}
+)
 
 
 class PolicyRequests:
@@ -147,12 +150,10 @@ class PolicyRequests:
         if len(volume.record.holds) >= HOLDS_MAX:
             raise UsageError("too many holds", hint="delete some", holds=len(volume.record.holds))
 
+        reference = reference_time(volume.latest.timestamp, now)
+
         def change(record: VolumeRecord) -> dict[str, Any]:
-            others = [
-                other
-                for other in record.holds
-                if other.gid != request.gid and (not other.until or other.until > now)
-            ]
+            others = [other for other in record.holds if other.gid != request.gid and is_holding(other, reference)]
             return {"holds": tuple(sorted([*others, hold], key=lambda other: other.gid))}
 
         await volume.update(change)

@@ -16,9 +16,10 @@ from tests.kit.policy_rig import TimedFeed, VirtualArchive
 from tests.kit.virtual import run
 from walbd.archive.config import ArchiveConfig
 from walbd.archive.merge import run_merge
+from walbd.archive.volume import Volume
 from walbd.daemon.main import ShutdownMode
 from walbd.errors import ConfigError, CorruptData, DiskFull, RemoteError
-from walbd.format.meta import RestorePoint, diff_name
+from walbd.format.meta import NotMergeable, RestorePoint, diff_name
 from walbd.format.planning import Merge
 from walbd.format.policy import Grid, Policy, Replication, parse_levels
 from walbd.format.retention import explain, thin
@@ -383,6 +384,91 @@ def test_an_operator_waits_for_a_step_that_is_short(monkeypatch: pytest.MonkeyPa
             await life
 
     run(main())
+
+
+@on_virtual_time
+async def test_requests_that_never_cease_hold_up_nothing_for_ever(rig: VirtualArchive) -> None:
+    """As those of an archive that replicates to this one each second."""
+    feed = await fed(rig)
+
+    async def ask() -> None:
+        while True:
+            await rig.server.policy.stand_aside(VOL, (Merge,))
+            await asyncio.sleep(1)
+
+    asking = asyncio.ensure_future(ask())
+    await feed.live(HOUR // 2, interval_s=10)
+    asking.cancel()
+    await asyncio.wait({asking})
+    assert len(rig.volume(VOL).diffs) < 60
+    await feed.check()
+
+
+def test_merges_keep_to_all_limits_on_files() -> None:
+    """Those for scans count for merges, too."""
+
+    async def main() -> None:
+        async with VirtualArchive(open_files_max=256, scan_files_max=4) as rig:
+            feed = await fed(rig)
+            await feed.live(HOUR // 2, interval_s=5)
+            await quiet(rig)
+            assert len(rig.volume(VOL).diffs) < 100
+            assert not (await rig.call(GetPolicy(volume=VOL))).troubles
+
+    run(main())
+
+
+@on_virtual_time
+async def test_a_clock_that_jumps_ahead_ends_no_hold(rig: VirtualArchive) -> None:
+    feed = await fed(rig)
+    await feed.live(HOUR // 4, interval_s=10)
+    held = feed.gid - 3
+    await rig.call(m.AddHold(volume=VOL, gid=held, reason="x", until=rig.clock.now() + 10 * HOUR))
+    last = feed.times[feed.gid]
+    rig.clock.shift_s = 100 * HOUR
+    await rig.call(m.AddHold(volume=VOL, gid=feed.gid, reason="another"))
+    assert [hold.gid for hold in rig.volume(VOL).record.holds] == [held, feed.gid]
+    rig.clock.shift_s = 0
+    await feed.live(4 * HOUR, interval_s=60)
+    rig.clock.shift_s = 100 * HOUR
+    await quiet(rig)
+    assert held in await rig.points(VOL)
+    assert last < feed.times[feed.gid]
+    rig.clock.shift_s = 0
+    await feed.live(10 * HOUR, interval_s=60)
+    await quiet(rig)
+    assert held not in await rig.points(VOL)
+    await feed.check()
+
+
+@on_virtual_time
+async def test_a_step_that_never_fits_is_put_off_for_longer_and_longer(rig: VirtualArchive) -> None:
+    feed = await fed(rig, Policy(enabled=False))
+    await feed.live(HOUR // 2, interval_s=10)
+    runner = rig.server.policy
+    first = runner._watch(rig.volume(VOL)).planner
+    tried = 0
+    try_merge = runner._merge
+
+    async def misfit(volume: Volume, action: Merge) -> None:
+        nonlocal tried
+        if action.gid_b == 0:
+            tried += 1
+            raise NotMergeable("it does not fit")
+        await try_merge(volume, action)
+
+    runner._merge = misfit  # type: ignore[method-assign]
+    await rig.call(SetPolicy(volume=VOL, policy=QUICK))
+    await asyncio.sleep(HOUR)
+    assert first is runner._watch(rig.volume(VOL)).planner
+    assert tried < 100
+    assert len(rig.volume(VOL).diffs) < 60  # the others go on
+    assert [trouble.error_code for trouble in (await rig.call(GetPolicy(volume=VOL))).troubles]
+    runner._merge = try_merge  # type: ignore[method-assign]
+    await asyncio.sleep(2 * HOUR)
+    await quiet(rig)
+    assert not (await rig.call(GetPolicy(volume=VOL))).troubles
+    await feed.check()
 
 
 def test_an_operator_is_told_of_a_step_that_is_long(monkeypatch: pytest.MonkeyPatch) -> None:

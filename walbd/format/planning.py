@@ -31,7 +31,16 @@ from walbd.format.meta import (
     merge,
 )
 from walbd.format.policy import DAY_S, Policy
-from walbd.format.retention import PERIODS, HoldLike, ReplicaLike, Verdict, explain, limits, reference_time
+from walbd.format.retention import (
+    PERIODS,
+    HoldLike,
+    ReplicaLike,
+    Verdict,
+    explain,
+    is_holding,
+    limits,
+    reference_time,
+)
 
 LOOK_S: Final = 3600  # a look at everything comes at least this often, in time of the volume
 FRONT_MAX: Final = 64  # diffs below the oldest point that stays wait for an apply, unless they are more
@@ -96,7 +105,7 @@ class Facts:
     @property
     def protected(self) -> set[int]:
         """Generations that must stay the end of a diff."""
-        held = {hold.gid for hold in self.holds if hold.until == 0 or hold.until > self.now}
+        held = {hold.gid for hold in self.holds if is_holding(hold, reference_time(self.newest, self.now))}
         return held | {replica.gid for replica in self.replicas}
 
 

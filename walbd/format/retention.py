@@ -27,7 +27,7 @@ _LAST_DAY: Final = dt.date.max.toordinal() - _EPOCH_DAY
 
 
 class HoldLike(Protocol):
-    """A hold: the point `gid` stays until `until` [unix s], for ever if that is 0."""
+    """A hold: the point `gid` stays until `until` [unix s], for ever if that is 0 (`is_holding`)."""
 
     @property
     def gid(self) -> int: ...
@@ -102,6 +102,11 @@ def reference_time(newest: int, now: int) -> int:
     return min(newest, now)
 
 
+def is_holding(hold: HoldLike, reference: int) -> bool:
+    """Tell whether a hold counts at a reference time: a clock that jumps ahead must not end it either."""
+    return hold.until == 0 or hold.until > reference
+
+
 def limits(levels: Sequence[Level], reference: int) -> list[int]:
     """Return for each level the time below which it counts: an end of one of its intervals."""
     return [(reference - level.older_than_s) // level.interval_s * level.interval_s for level in levels]
@@ -133,7 +138,7 @@ def explain(
     if not points:
         return []
     reference = reference_time(points[-1].timestamp, now)
-    because = _protected(points, holds, replicas, reference, now)
+    because = _protected(points, holds, replicas, reference)
     thinned = thin(points, policy.levels, reference, base_gid)
     left = [
         point
@@ -142,7 +147,7 @@ def explain(
     ]
     rules = grid_rules(left, policy.keep, reference)
     ends = _ends(left, points, policy, reference)
-    held_until = {hold.gid: hold.until for hold in holds if hold.until == 0 or hold.until > now}
+    held_until = {hold.gid: hold.until for hold in holds if is_holding(hold, reference)}
     verdicts = []
     for i, point in enumerate(points):
         why = because.get(point.gid, [])
@@ -245,7 +250,6 @@ def _protected(
     holds: Iterable[HoldLike],
     replicas: Iterable[ReplicaLike],
     reference: int,
-    now: int,
 ) -> Mapping[int, list[str]]:
     """Return what keeps points whatever the rules say, by gid."""
     because: dict[int, list[str]] = {points[-1].gid: ["newest"]}
@@ -253,7 +257,7 @@ def _protected(
         if point.timestamp > reference:
             because.setdefault(point.gid, []).append("future")
     for hold in holds:
-        if hold.until == 0 or hold.until > now:
+        if is_holding(hold, reference):
             because.setdefault(hold.gid, []).append(f"hold: {hold.reason}")
     for replica in replicas:
         because.setdefault(replica.gid, []).append(f"replica: {replica.node}")
