@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import structlog
 
+from walbd.archive.lifecycle import promise_nothing
 from walbd.archive.recover import load_volume
 from walbd.archive.states import Command, State
 from walbd.archive.volume import Volume
 from walbd.daemon.env import Pool
-from walbd.daemon.states import Step
 from walbd.errors import NotFound, Refused, UsageError
-from walbd.format.meta import NO_BASE, BaseState
+from walbd.format.meta import BaseState
 from walbd.ids import NIL_UUID
 from walbd.units import LB
 
@@ -86,12 +86,10 @@ async def set_state(volume: Volume, name: str) -> None:
     try:
         if wanted is State.SYNC_READY:
             _check_empty(volume)
-            colds: dict[str, int] = {}
-            await volume.commit(Step(step.during, wanted), base=NO_BASE, size_lb=0, colds=colds, verified=0)
-            volume.reset_memory()
+            await promise_nothing(volume, step)
         else:
             await _check_image(volume)
-            await volume.commit(Step(step.during, wanted))
+            await volume.commit(step._replace(to=wanted))
     finally:
         volume.machine.leave()
     log.warning("volume.state_set", volume=volume.name, state=str(wanted))

@@ -52,7 +52,7 @@ def hops(volume: Volume) -> list[c.HopStatus]:
     rows = []
     latest = volume.latest.begin.gid_b
     for replica in volume.record.replicas:
-        waiting = [diff for diff in volume.diffs.get_range() if diff.end.gid_b > replica.gid]
+        waiting = [*volume.diffs.over(replica.gid), *volume.diffs.get_range(replica.gid + 1)]
         rows.append(
             c.HopStatus(
                 dest=replica.node,

@@ -365,7 +365,12 @@ class Replication:
         job.begin("opening")
         async with AsyncExitStack() as stack:
             opening = open_virtual(volume, gid, Pool.SEND)
-            image = await with_filler(conn, stack.enter_async_context(opening))
+            try:
+                image = await with_filler(conn, stack.enter_async_context(opening))
+            except NotReachable:
+                if self._clean_above(at.latest) == target:
+                    raise
+                return False  # it was merged away meanwhile
             uuid = await self._history_after(lambda: volume.diffs.to_materialise(volume.base, gid, clean=True))
             source = self._source(image, job, at.size_lb * LB)
             seed = self._env.rng.getrandbits(64)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import Final
 
 from walbd.archive.states import SCAN
 from walbd.archive.virtual import check_scan, open_virtual
 from walbd.archive.volume import Volume
 from walbd.archive.work import Starter
-from walbd.daemon.conn import Connection
+from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.copying import ImageSource
 from walbd.daemon.env import Pool
 from walbd.daemon.full_copy import send_full
@@ -74,13 +75,15 @@ async def send_scan(volume: Volume, starter: Starter, conn: Connection, request:
 
     async def work(job: Job) -> dict[str, Fact]:
         job.begin("opening")
-        async with volume.giving_up(), open_virtual(volume, request.gid, Pool.QUERY) as image:
+        async with volume.giving_up(), AsyncExitStack() as stack:
+            opening = stack.enter_async_context(open_virtual(volume, request.gid, Pool.QUERY))
+            image = await with_filler(conn, opening)
             await conn.send(ScanBegin(size_b=size_b))
             job.begin("sending", size_b)
             sent_b = await _send(volume, conn, request, image, size_b, job)
         return {"gid": request.gid, "size_b": size_b, "sent_b": sent_b}
 
-    await starter.within("virt-full-scan", volume, SCAN, work)
+    await starter.within("virt-full-scan", volume, SCAN, conn, work)
 
 
 async def _send(

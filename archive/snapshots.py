@@ -81,6 +81,7 @@ def _link(volume: Volume, changes: Sequence[Change]) -> None:
         for before, after in changes:
             with disk_errors(directory, "rename a wdiff"):
                 failpoints.hit(FP_BEFORE_LINK)
+            fs.unlink(directory / diff_name(after))  # which an earlier change could not take away
             fs.link(directory / diff_name(before), directory / diff_name(after))
             made.append(directory / diff_name(after))
         fs.sync_dir(directory)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -123,7 +123,7 @@ class Volume:
         return self.machine.enter(command)
 
     def restorable(self, *, all_points: bool = False) -> list[RestorePoint]:
-        """Return what can be restored, ascending by gid."""
+        """Return what can be restored, ascending by gid; it is the caller's only until something is awaited."""
         if not self.is_holding:
             return []
         points = self._points.get(all_points)
@@ -207,16 +207,27 @@ class Volume:
         except WalbError:
             self._unsure = True
             raise
+        if record.base is not self.record.base:
+            self._points.clear()
         self.record = record
         self._unsure = False
-        self._points.clear()
 
     def add_diff(self, diff: Diff) -> None:
         """Take a diff whose file is durable; it continues `latest`."""
-        after = apply(self.latest.begin, diff)
+        before = self.latest.begin
+        after = apply(before, diff)
         self.diffs.add(diff)
         self.latest = BaseState(after, timestamp=diff.timestamp)
-        self._points.clear()
+        if diff.begin.gid_b != before.gid_b or self.base.is_applying:
+            self._points.clear()
+        for all_points, points in self._points.items():
+            # The chain only grows at its end: what is known of it stays, but the newest snapshot is another one.
+            if before.is_clean and before != self.base.begin:
+                point = points.pop()
+                if all_points or not diff.mergeable:
+                    points.append(replace(point, explicit=not diff.mergeable))
+            if after.is_clean:
+                points.append(RestorePoint(after.gid_b, diff.timestamp, explicit=True))
 
     def replace_diffs(self, parts: Sequence[Diff], merged: Diff) -> None:
         """Take a merged diff, whose file is durable, for its parts; their files are to be removed afterwards."""

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from walbd.archive.slots import Slots
 from walbd.archive.volume import Volume
+from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Clock
 from walbd.daemon.jobs import Job, Jobs
 from walbd.protocol.base import Fact, JobAccepted
@@ -33,16 +34,21 @@ class Starter:
         stack.enter_context(volume.machine.action(action, self._clock.now()))
         return self.holding(name, volume, stack, lambda job: self._in_turn(volume, job, work))
 
-    async def within(self, name: str, volume: Volume, action: str, work: Work) -> None:
-        """Like `under_action`, for work that is a conversation: it is done here, and its error comes out."""
-        with volume.machine.action(action, self._clock.now()):
-            await self.jobs.within(name, volume.name, lambda job: self._in_turn(volume, job, work))
+    async def within(self, name: str, volume: Volume, action: str, conn: Connection, work: Work) -> None:
+        """Like `under_action`, for work that is a conversation: it is done here, and its error comes out.
 
-    async def _in_turn(self, volume: Volume, job: Job, work: Work) -> dict[str, Fact] | None:
+        While it waits for its turn the peer is told that we are still there.
+        """
+        with volume.machine.action(action, self._clock.now()):
+            await self.jobs.within(name, volume.name, lambda job: self._in_turn(volume, job, work, conn))
+
+    async def _in_turn(
+        self, volume: Volume, job: Job, work: Work, conn: Connection | None = None
+    ) -> dict[str, Fact] | None:
         with self.slots.turn() as turn:
             job.begin("waiting")
             async with volume.giving_up():
-                await turn.comes()
+                await (turn.comes() if conn is None else with_filler(conn, turn.comes()))
             return await work(job)
 
     def holding(self, name: str, volume: Volume, held: ExitStack, work: Work) -> Job:

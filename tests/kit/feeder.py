@@ -379,6 +379,8 @@ class Feed:
         points = await self.rig.points(self.name)
         volume = self.rig.volume(self.name)
         assert volume.latest == volume.diffs.latest(volume.base)
+        for every in (False, True):
+            assert volume.restorable(all_points=every) == volume.diffs.restorable(volume.base, all_points=every)
         for gid in points:
             if gid in volume.restored:
                 continue  # kept by the test

@@ -154,6 +154,8 @@ class Group:
         rig = self[number]
         volume = rig.volume(VOL)
         assert volume.latest == volume.diffs.latest(volume.base)
+        for every in (False, True):
+            assert volume.restorable(all_points=every) == volume.diffs.restorable(volume.base, all_points=every)
         points = await rig.points(VOL)
         for gid in points:
             image, truth = await rig.restored_image(VOL, gid), feed.images[gid]

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.kit.feeder import ArchiveRig, Feed
+from tests.kit.feeder import CONTROL, ArchiveRig, Feed
 from tests.kit.gate import Gate, gated
 from tests.kit.hash_feed import HashFeed
 from tests.kit.replicas import VOL, Group
+from walbd.archive import replicate_out
 from walbd.archive.receive import WdiffSink
+from walbd.archive.virtual import open_virtual
+from walbd.archive.volume import Volume
+from walbd.daemon.env import Pool
+from walbd.errors import RemoteError
+from walbd.format.virtual import VirtualImage
 from walbd.fs import failpoints
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
-from walbd.protocol.base import JobState, Ok
+from walbd.protocol.base import End, Filler, JobState, Ok
+from walbd.protocol.codec import decode
 from walbd.protocol.maintenance import ForgetReplica, Merge
 from walbd.protocol.sync import ReplicateLatest, ReplicateOffer
 from walbd.protocol.transfer import Verdict
@@ -195,3 +203,75 @@ async def test_wdiffs_of_another_history_are_held_while_a_replication_may_bring_
     async with asyncio.timeout(20):
         await machine.machine.changed.wait_for(lambda: not machine.replications)
     assert await feed.send_to(group[1], -1) == [Verdict.DIFFERENT_UUID]
+
+
+async def test_the_target_of_a_comparison_is_merged_away(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = await group.feed(dirty=2)
+    await group.init(1)
+    await group.replicate(0, 1)
+    old = Feed(group[1], seed=9)
+    old.uuid, old.image[:] = feed.uuid, feed.image
+    old.scribble()
+    old.snapshot()
+    assert await old.send() == [Ok()]
+    await feed.hash_backup()
+    await feed.step(4)
+    opened: list[int] = []
+
+    @asynccontextmanager
+    async def merged(volume: Volume, gid: int, pool: Pool) -> AsyncIterator[VirtualImage]:
+        opened.append(gid)
+        if len(opened) == 1:
+            await group[0].done(Merge(volume=VOL, gid_b=3, gid_e=7))
+        async with open_virtual(volume, gid, pool) as image:
+            yield image
+
+    monkeypatch.setattr(replicate_out, "open_virtual", merged)
+    await group.replicate(0, 1)
+    assert len(opened) == 2
+    assert group.volume(1).latest == group.volume(0).latest
+    assert await group[1].restored_image(VOL, feed.gid) == bytes(feed.image)
+
+
+async def test_who_waits_for_a_scan_is_told_that_we_are_still_there(tmp_path: Path) -> None:
+    async with ArchiveRig(tmp_path, scans_max=1, io_timeout_s=1.0) as rig:
+        feed = Feed(rig)
+        await feed.init()
+        await feed.full_backup()
+        async with rig.dial(CONTROL) as conn:
+            with rig.server._scans.turn() as turn:
+                await turn.comes()
+                await conn.send(m.VirtFullScan(volume=VOL, gid=0))
+                frame = await conn._stream.receive()
+                assert frame is not None
+                assert isinstance(decode(frame.header), Filler)
+            assert (await conn.expect(m.ScanBegin)).size_b == feed.size_lb * LB
+            while not isinstance((await conn.receive()).message, End):
+                pass
+
+
+async def test_flags_that_change_after_an_old_name_could_not_be_removed(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = await group.feed()
+    await feed.step(3)
+    failpoints.arm("archive.snapshot.before_unlink=eio")
+    with pytest.raises(RemoteError):
+        await group[0].call(m.EnableSnapshot(volume=VOL, gids=[1]))
+    await group[0].call(m.DisableSnapshot(volume=VOL, gids=[1]))
+    assert [diff.flags for diff in group.volume(0).diffs] == ["M-"] * 3
+    await group[0].restart()
+    assert [diff.flags for diff in group.volume(0).diffs] == ["M-"] * 3
+    await group.check(feed, 0)
+
+
+async def test_sync_ready_by_hand_forgets_all_of_the_old_history(group: Group) -> None:
+    feed = await group.feed()
+    await group.init(1)
+    await group.replicate(0, 1)
+    await group[0].call(m.AddHold(volume=VOL, gid=0, reason="audit"))
+    await group[0].stopped(VOL)
+    await group[0].call(m.DbgSetState(volume=VOL, state="SyncReady"))
+    await feed.full_backup()
+    record = group.volume(0).record
+    assert (record.holds, record.replicas, record.gaps) == ((), (), ())
