@@ -1,4 +1,4 @@
-"""Write the pages that are generated from the code: docs/{states,configuration,cli,python-api}.md.
+"""Write the pages that are generated from the code: docs/{states,configuration,cli,python-api,messages}.md.
 
 .venv/bin/python scripts/generate_docs.py           write them
 .venv/bin/python scripts/generate_docs.py --check   fail if they are not up to date
@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from docs_messages import messages_page
 from docs_reference import cli_page, python_api_page
 
 from walbd.archive.config import ArchiveConfig
@@ -127,6 +128,7 @@ PAGES = {
     "configuration.md": configuration_page,
     "cli.md": cli_page,
     "python-api.md": python_api_page,
+    "messages.md": messages_page,
 }
 
 

@@ -56,7 +56,7 @@ def run() -> None:
     ctl = Controller("", layout.servers)
     s0, a0 = layout.servers.storageL[0], layout.servers.archiveL[0]
 
-    walbc("init-storage", VOLUME, str(DEVICES / VOLUME))
+    walbc("init-storage", VOLUME)
     with volume() as disk:
         copy_image(disk)
     walbc("full-backup", VOLUME)
@@ -86,14 +86,18 @@ def run() -> None:
 Done in {time.monotonic() - started:.0f} s. The group keeps running; every write to {VOLUME} can be restored from
 about two seconds later on. Look around:
 
-  export WALBD_GROUP={group}                  # so that walbc finds the group
-  .venv/bin/walbc status
-  .venv/bin/walbc info {VOLUME}                       # what can be restored
-  .venv/bin/walbc shell                           # Python, with s0, p0, a0 and walbc as variables
-  qemu-img info {nbd_uri()}   # the volume; any NBD client works
+  export PATH="$PWD/.venv/bin:$PATH" WALBD_GROUP={group}
+  walbc status                      # servers, volumes, lag, jobs, alarms on one screen
+  walbc info {VOLUME}                   # what can be restored
+  walbc doctor                      # what is wrong, and the commands that mend it
+  walbc policy explain {VOLUME}         # which restore points stay, and why
+  walbc shell                       # Python, with s0, p0, a0, vol and walbc as variables
+  walbc --help                      # everything else
+
+  qemu-img info "{nbd_uri()}"   # the volume; any NBD client works
   dumpe2fs -h {restored.relative_to(ROOT)}   # the restored file system
 
-Stop it with: scripts/quickstart stop""")
+docs/README.md says where to read on. Stop it with: scripts/quickstart stop""")
 
 
 def make_image() -> None:
@@ -132,6 +136,7 @@ def start_group() -> None:
         + "".join(
             f'\n[[{kind}]]\nname = "{name}"\nhost = "127.0.0.1"\nport = {PORTS[name]}\n' for name, kind in servers
         )
+        + f'\n[volumes.{VOLUME}]\ntarget = "s0"\ndevices = {{ s0 = "{DEVICES / VOLUME}" }}\narchives = ["a0"]\n'
     )
     spawn("device", "device", "serve", VOLUME, "--base-dir", str(DEVICES))
     for name, kind in reversed(servers):

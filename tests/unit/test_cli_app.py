@@ -90,7 +90,7 @@ def test_late_commands_may_be_made_on_demand(capsys: pytest.CaptureFixture[str])
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     cli = Cli(root, "walbd", capsys)
     assert cli.good("--version").startswith("walbd ")
-    assert "see `walbd wlog --help`" in cli.fails("wlog", "shw", code=2)
+    assert "did you mean show? See `walbd wlog --help`" in cli.fails("wlog", "shw", code=2)
     assert "see `walbd wlog show --help`" in cli.fails("wlog", "show", code=2)
     assert "see `walbd --help`" in cli.fails("--what", code=2)
 

@@ -9,12 +9,15 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import click
 
 from walbd.cli.output import print_error
 from walbd.errors import InternalError, UsageError, WalbError, exit_code_of
+
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}  # of walbd and walbc
 
 
 class Late(NamedTuple):
@@ -40,6 +43,17 @@ class LateGroup(click.Group):
         if late is None:
             return super().get_command(ctx, cmd_name)
         return _load(late.target)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        names = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in names:
+            near = get_close_matches(args[0], names, n=1)
+            see = f"`{ctx.command_path} --help`"
+            hint = f"did you mean {near[0]}? See {see}" if near else f"see {see}"
+            raise UsageError("no such command", hint=hint, command=args[0])
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -12,20 +12,64 @@ from walbd.daemon.config import DaemonConfig, Setting, load, settings
 from walbd.daemon.main import Daemon, run_daemon
 from walbd.units import format_size
 
+_METAVARS: Final = {
+    "archive": "HOST:PORT",
+    "proxy": "HOST:PORT[,HOST:PORT...]",
+    "base_dir": "DIR",
+    "listen": "ADDRESS",
+    "node_id": "NAME",
+    "group": "NAME",
+    "tls_cert": "FILE",
+    "tls_key": "FILE",
+    "tls_ca": "FILE",
+    "keep": "RULES",
+    "levels": "LEVELS",
+    "merge_compress": "KIND[:LEVEL]",
+    "policy_rest_percent": "PERCENT",
+}
+
 
 def _option(setting: Setting) -> Callable[[Any], Any]:
     """Make the option of a setting. Everything is text here; `walbd.daemon.config.load` checks it."""
     help_text = setting.description or setting.name.replace("_", " ")
-    if not setting.required and setting.default not in ("", None, [], False):
+    default: Any = None
+    if setting.required:
+        help_text += "  [required]"
+    elif setting.default not in ("", None, [], False):
         default = format_size(setting.default) if setting.is_size else setting.default
-        help_text += f" [default: {default}]"
+        help_text += f"  [default: {'yes' if default is True else default}]"
+    help_text = help_text[0].upper() + help_text[1:]
     if setting.type is bool:
         return click.option(
             f"{setting.option}/--no-{setting.option[2:]}", setting.name, default=None, help=help_text
         )
     kind: Any = click.Choice(setting.choices) if setting.choices else str
-    metavar = None if setting.choices else ("SIZE" if setting.is_size else setting.name.rsplit("_", 1)[-1].upper())
+    metavar = None if setting.choices else _metavar(setting)
     return click.option(setting.option, setting.name, type=kind, default=None, metavar=metavar, help=help_text)
+
+
+def _metavar(setting: Setting) -> str:
+    if setting.is_size:
+        return "SIZE"
+    if setting.name.endswith("_s"):
+        return "SECONDS"
+    return _METAVARS.get(setting.name, "N" if setting.type is int else "TEXT")
+
+
+class _DaemonCommand(click.Command):
+    """A command whose help tells the settings of this daemon before those of every daemon."""
+
+    config: type[DaemonConfig]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        everywhere = {setting.name for setting in settings(DaemonConfig)}
+        own = {setting.name for setting in settings(self.config)} - everywhere
+        rows = [(param.name, row) for param in self.get_params(ctx) if (row := param.get_help_record(ctx))]
+        for title, names in (("Settings", own), ("Settings of every daemon", everywhere)):
+            with formatter.section(title):
+                formatter.write_dl([row for name, row in rows if name in names])
+        with formatter.section("Options"):
+            formatter.write_dl([row for name, row in rows if name not in own | everywhere])
 
 
 def daemon_command(
@@ -45,7 +89,6 @@ def daemon_command(
             log_format=checked.log_format,
         )
 
-    run.__doc__ = help_text
     command: Any = run
     for setting in reversed(settings(config)):
         command = _option(setting)(command)
@@ -54,9 +97,17 @@ def daemon_command(
         "config_path",
         type=click.Path(path_type=Path, dir_okay=False),
         default=None,
-        help="TOML file with the settings; options override it",
+        help="TOML file with the settings; options override it.",
     )(command)
-    return click.command(name, help=help_text)(command)
+    about = f"""{help_text}
+
+    Every setting stands in the file or is an option (docs/configuration.md); SIGHUP reads the file again.
+
+    Example: walbd {name} --config /etc/walbd/{name}.toml
+    """
+    made = click.command(name, cls=_DaemonCommand, help=about)(command)
+    made.config = config
+    return made
 
 
 def _storage() -> click.Command:

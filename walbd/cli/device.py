@@ -87,6 +87,8 @@ def create(
     """Make the device NAME out of a log device and a data device.
 
     What DDEV contains becomes the contents of the volume.
+
+    Example: walbd device create vol0 --ldev /dev/vg/vol0-log --ddev /dev/vg/vol0-data
     """
     from walbd.fs import OsFileSystem
     from walbd.storage.device.config import DeviceConfig
@@ -212,6 +214,8 @@ def resize(name: str, size: str, base_dir: Path) -> None:
 
     A data device that is a file grows along; a block device must have been grown before. NBD clients see the
     new size when they connect again.
+
+    Example: walbd device resize vol0 0
     """
     from walbd.daemon.env import Env
     from walbd.storage.device.config import device_name, load_config

@@ -35,6 +35,8 @@ def cat(base: Path, files: tuple[Path, ...], out: Path) -> None:
 
     Discarded ranges read as zeros; OUT has holes where a whole MiB is zero. A record that ends beyond BASE is an
     error.
+
+    Example: walbd image cat base.img old.wdiff new.wdiff -o disk.img
     """
     from walbd.ext.checksum import is_zero
     from walbd.format.virtual import virtual_chunks

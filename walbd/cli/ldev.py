@@ -109,7 +109,10 @@ def info(ldev_path: Path, as_json: bool) -> None:
 @click.option("--to", "end", metavar="LSID", type=int, help="Lsid after the last logpack; by default the end.")
 @JSON
 def cat(ldev_path: Path, out: Path, begin: int | None, end: int | None, as_json: bool) -> None:
-    """Copy the log of LDEV to a wlog file."""
+    """Copy the log of LDEV to a wlog file.
+
+    Example: walbd ldev cat /dev/vg/vol0-log -o vol0.wlog --from 4096
+    """
     from walbd.storage.device.offline import extract_wlog, open_ldev
 
     fs = OsFileSystem()

@@ -41,6 +41,8 @@ def shell(app: App, script: str | None) -> int:
 
     Servers have their names (s0, p0, a0, ...), `walbc` is the Controller, `sLayout` the layout, `vol` the volume
     when there is exactly one. All of walbd.controller is imported.
+
+    Example: walbc shell -c 'walbc.get_state_all(vol)'
     """
     names, remarks = variables(app)
     if script is not None:

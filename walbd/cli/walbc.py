@@ -7,14 +7,12 @@ walbc -a HOST -p PORT COMMAND ...          one server by its address, no group f
 from __future__ import annotations
 
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 
 import click
 
 from walbd import __version__
-from walbd.cli.app import Late, LateGroup, run
-from walbd.errors import UsageError
+from walbd.cli.app import CONTEXT, Late, LateGroup, run
 
 _V, _F, _I, _S = (f"walbd.cli.walbc_{name}" for name in ("volume", "feed", "image", "server"))
 _D, _C, _T = (f"walbd.cli.walbc_{name}" for name in ("diffs", "copies", "settings"))
@@ -133,8 +131,6 @@ class _Root(LateGroup):
         if ctx.params.get("address") is None:
             if ctx.params.get("retry") is not None or ctx.params.get("node_id"):
                 raise click.UsageError("-retry and -id need -a HOST and -p PORT", ctx)
-            if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-                raise _no_such_command(args[0])
             return super().resolve_command(ctx, args)
         from walbd.cli.walbc_one import one_server
 
@@ -154,12 +150,6 @@ class _Root(LateGroup):
             formatter.write_text("The commands of one server: walbc -a HOST -p PORT --help")
 
 
-def _no_such_command(name: str) -> UsageError:
-    near = get_close_matches(name, COMMANDS, n=1)
-    hint = f"did you mean {near[0]}? See `walbc --help`" if near else "see `walbc --help`"
-    return UsageError("no such command", hint=hint, command=name)
-
-
 def _format_one_server(formatter: click.HelpFormatter) -> None:
     from walbd.controller.commands import COMMANDS as ONE_SERVER
     from walbd.controller.constants import serverKinds
@@ -174,9 +164,7 @@ def _format_one_server(formatter: click.HelpFormatter) -> None:
             formatter.write_dl([(f"{c.name} {c.usage}".rstrip(), c.help) for c in commands], col_max=48)
 
 
-@click.group(
-    cls=_Root, late=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group(cls=_Root, late=COMMANDS, context_settings=CONTEXT)
 @click.option(
     "--group",
     "group_path",

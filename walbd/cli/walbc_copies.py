@@ -68,6 +68,8 @@ def replicate(
     """Bring the volume at another archive up to date, and print the generation that it has then.
 
     What is sent is decided by what ARCHIVE holds: everything, what differs, or the diffs that it lacks.
+
+    Example: walbc replicate vol0 a1 --sync
     """
     ax, ay = app.archive(source), _dest(app, dest)
     if synchronizing and gid is not None:

@@ -43,6 +43,8 @@ def merge(app: App, vol: str, gid_b: int, gid_e: int, archive: str | None, timeo
     """Make one diff of those from GIDB to GIDE: the snapshots between them vanish.
 
     Snapshots that are protected must be disabled first; diffs that come from a comparison cannot be merged.
+
+    Example: walbc merge vol0 10 20
     """
     ax = app.archive(archive)
     app.ctl.merge(ax, vol, gid_b, gid_e, timeout_s)
@@ -204,6 +206,8 @@ def scan(
     """Write the image of a snapshot to a file or device of this host, or to stdout, without restoring it.
 
     A new file has its name only when it is complete, and holes where the image is zero.
+
+    Example: walbc scan vol0 15 - | gzip > vol0.gz
     """
     ax = app.archive(archive)
     if dest == "-":

@@ -126,7 +126,10 @@ def get_info(app: App, proxy: str, vol: str, archive: str) -> None:
 def add_info(
     app: App, proxy: str, vol: str, archive: str, compress: str | None, delay_s: int | None, no_start: bool
 ) -> None:
-    """Make one proxy send the volume to an archive of the group, or change how."""
+    """Make one proxy send the volume to an archive of the group, or change how.
+
+    Example: walbc archive-info add p0 vol0 a1 --delay 60
+    """
     ax = get_server(archive, app.layout.servers.archiveL)
     app.ctl.add_archive_to_proxy(app.proxy(proxy), vol, ax, not no_start, sync_opt(compress, delay_s))
     app.tell({"proxy": proxy, "volume": vol, "archive": ax.name}, f"{proxy} sends {vol} to {ax.name}")

@@ -65,6 +65,8 @@ def restore(app: App, vol: str, gid: int | None, archive: str | None, timeout_s:
     """Make a writable image of a snapshot on the archive's host, and print its path.
 
     GID `latest` is the newest one that can be restored.
+
+    Example: walbc restore vol0 latest
     """
     ax = app.archive(archive)
     number = _gid(app, ax, vol, gid)

@@ -146,7 +146,10 @@ def _policy_facts(shown: Policy) -> dict[str, str]:
     "--default", "default", is_flag=True, help="Forget the volume's policy: the archive's default counts."
 )
 def set_(app: App, vol: str, archive: str | None, default: bool, **options: Any) -> None:
-    """Change the policy of a volume at an archive, from now on; what no option names stays as it is."""
+    """Change the policy of a volume at an archive, from now on; what no option names stays as it is.
+
+    Example: walbc policy set vol0 --keep "all=7d daily=31" --level 1h:5m
+    """
     ax = app.archive(archive)
     if default:
         if any(value not in (None, ()) for value in options.values()):
@@ -178,7 +181,10 @@ def explain(app: App, vol: str, archive: str | None, dropped: bool) -> None:
 @_changes
 @click.option("--dropped", is_flag=True, help="Show only points that would not stay.")
 def simulate(app: App, vol: str, archive: str | None, dropped: bool, **options: Any) -> None:
-    """Show what would become of each restore point if the policy were changed so; nothing is changed."""
+    """Show what would become of each restore point if the policy were changed so; nothing is changed.
+
+    Example: walbc policy simulate vol0 --keep "all=4h hourly=6" --dropped
+    """
     ax = app.archive(archive)
     wanted = _changed(app.ctl.get_policy(ax, vol).policy, options)
     _print_timeline(app, ax, app.ctl.explain_policy(ax, vol, wanted), dropped)
@@ -214,7 +220,10 @@ def _print_timeline(app: App, ax: Server, explained: Explained, dropped: bool) -
 @click.option("--until", metavar="TIME", help="YYYY-MM-DDThh:mm:ss (UTC), or how long from now, such as 30d.")
 @ARCHIVE
 def hold_add(app: App, vol: str, gid: int, reason: str, until: str | None, archive: str | None) -> None:
-    """Keep a restore point whatever the policy says; replaces a hold of the same point."""
+    """Keep a restore point whatever the policy says; replaces a hold of the same point.
+
+    Example: walbc hold add vol0 482 --reason "before the upgrade" --until 30d
+    """
     ax = app.archive(archive)
     end = _end(until) if until is not None else 0
     app.ctl.add_hold(ax, vol, gid, reason, end)

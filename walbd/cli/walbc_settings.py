@@ -42,6 +42,8 @@ def retarget(app: App, storages: tuple[str, ...], archive: str | None, proxies: 
     """Make storages (default: all) use the primary archive and the proxies of the group file, from now on.
 
     Durable, until a storage's own configuration names others. Nothing is changed unless all of them answer.
+
+    Example: walbc retarget s0 --archive a1 --proxy p1 --proxy p0
     """
     layout = app.layout.servers
     chosen = [get_server(name, layout.storageL) for name in storages] or layout.storageL
@@ -89,6 +91,8 @@ def resize(app: App, vol: str, size: str, zero: bool, server: str | None) -> Non
     """Grow the volume to SIZE: at all archives, then at all storages. Its data devices must have grown before.
 
     An archive that is larger than the storage is harmless; the reverse stops transfers.
+
+    Example: walbc resize vol0 200g
     """
     size_b = parse_size(size)
     if size_b % Mebi:

@@ -46,6 +46,8 @@ def init_storage(app: App, vol: str, device: str | None, storage: str | None) ->
 
     DEVICE is the directory of a device made with `walbd device create`; it is not needed when the group file
     names it.
+
+    Example: walbc init-storage vol0 /var/lib/walbd/device/vol0
     """
     entry = app.layout.volumes.get(vol)
     if storage is None and entry is not None and entry.target is None and len(entry.devices) == 1:
@@ -90,6 +92,8 @@ def hash_backup(app: App, vol: str, **options: Any) -> None:
 
     That continues a history whose log was lost, as after an overflow. Prints the new generation that can be
     restored. A volume that is Target must be stopped first, unless its log has overflowed.
+
+    Example: walbc hash-backup vol0 --storage s1
     """
     _backup(app, vol, "hash_backup", **options)
 
@@ -171,6 +175,8 @@ def stop(app: App, server: str, vol: str, mode: str, no_wait: bool, timeout_s: f
     """Stop a volume at a server.
 
     MODE graceful lets running work end, force ends it early, empty (proxies) first sends everything.
+
+    Example: walbc stop p0 vol0 empty
     """
     s = app.server(server)
     before = app.ctl.stop_nbk(s, vol, mode)
@@ -236,7 +242,10 @@ def is_overflow(app: App, vol: str, storage: str | None) -> None:
 @click.argument("storage")
 @click.argument("size")
 def set_full_scan_bps(app: App, storage: str, size: str) -> None:
-    """Limit the speed of full scans at a storage, running ones included [byte/s]; 0: no limit."""
+    """Limit the speed of full scans at a storage, running ones included [byte/s]; 0: no limit.
+
+    Example: walbc set-full-scan-bps s0 50m
+    """
     sx = get_server(storage, app.layout.servers.storageL)
     app.ctl.set_full_scan_bps(sx, size)
     app.tell({"storage": sx.name, "bytes_per_s": parse_size(size)}, "")

@@ -7,7 +7,7 @@ import sys
 import click
 
 from walbd import __version__
-from walbd.cli.app import Late, LateGroup, run
+from walbd.cli.app import CONTEXT, Late, LateGroup, run
 
 COMMANDS = {
     "device": Late("walbd.cli.device:device", "Devices of this host: make, serve, look at, grow, remove."),
@@ -27,7 +27,7 @@ COMMANDS = {
 }
 
 
-@click.group(cls=LateGroup, late=COMMANDS)
+@click.group(cls=LateGroup, late=COMMANDS, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="walbd", message="%(prog)s %(version)s")
 def root() -> None:
     """Continuous backup of block devices."""

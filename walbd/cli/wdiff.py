@@ -209,6 +209,8 @@ def merge(files: tuple[Path, ...], out: Path, compress: str) -> None:
     """Merge diffs, given oldest first, into one sorted diff.
 
     Where they overlap, the later one wins. OUT gets the uuid of the newest.
+
+    Example: walbd wdiff merge old.wdiff new.wdiff -o both.wdiff
     """
     from walbd.format.wdiff_merge import merge as merge_readers
 
@@ -233,6 +235,8 @@ def apply(files: tuple[Path, ...], image: Path, discard: str) -> None:
     """Write diffs, given oldest first, to a disk image or block device.
 
     All diffs are verified before IMAGE is touched; a record that ends beyond IMAGE is an error.
+
+    Example: walbd wdiff apply old.wdiff new.wdiff disk.img
     """
     from walbd.format.wdiff_merge import verify as verify_reader
     from walbd.fs.wdiff_apply import apply as apply_readers
@@ -262,7 +266,10 @@ def apply(files: tuple[Path, ...], image: Path, discard: str) -> None:
 )
 @COMPRESS
 def to_wdiff(files: tuple[Path, ...], out: Path, container: str, compress: str) -> None:
-    """Convert wlogs to one diff; several wlogs must continue each other."""
+    """Convert wlogs to one diff; several wlogs must continue each other.
+
+    Example: walbd wlog to-wdiff a.wlog b.wlog -o ab.wdiff --compress lz4
+    """
     from walbd.format.wdiff_log import indexed_from_wlogs, sorted_from_wlogs
 
     opt = CompressOpt.parse(compress)
