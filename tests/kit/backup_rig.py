@@ -76,20 +76,19 @@ class BackupRig:
         return (await self.storage.call(c.HashBackup(volume=VOL, **options))).job
 
     async def hash_backup(self, **options: Any) -> JobInfo:
-        """Run a hash backup to its end, whatever that is."""
-        return await self.storage.job(await self.begin_hash_backup(**options))
-
-    async def done_hash_backup(self, **options: Any) -> int:
-        """Run a hash backup that must succeed, when the archive takes no diff; return its generation."""
+        """Run a hash backup to its end, whatever that is; wait while the archive is busy, as an operator would."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + DEADLINE_S
         while True:
             try:
-                info = await self.hash_backup(**options)
-                break
+                return await self.storage.job(await self.begin_hash_backup(**options))
             except RemoteError as exc:
                 if exc.remote_code != "busy" or loop.time() > deadline:
                     raise
+
+    async def done_hash_backup(self, **options: Any) -> int:
+        """Run a hash backup that must succeed; return its generation."""
+        info = await self.hash_backup(**options)
         assert info.state is JobState.DONE, info
         return int(info.result["gid"] or 0)
 
