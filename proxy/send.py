@@ -205,7 +205,7 @@ class Sender:
                 latest=str(answer.latest),
             )
         hop.clear_flag()
-        await volume.drop(hop, chosen.taken)
+        await volume.drop(hop, chosen.taken, other_history=verdict is Verdict.DIFFERENT_UUID)
         return Again() if hop.diffs or volume.received else None
 
     async def _stream(self, conn: Connection, hop: Hop, chosen: Selection) -> None:

@@ -11,6 +11,7 @@ too few; a wdiff that an archive has got already is refused there as too old. So
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ import structlog
 from walbd.daemon.record import RECORD_NAME, load_record, save_record
 from walbd.errors import AlreadyExists, CorruptData, NotFound
 from walbd.format.meta import BadLabel, Diff, DiffIndex, diff_name, is_diff_name, parse_diff_name
+from walbd.format.wdiff_read import open_wdiff
 from walbd.fs import TMP_PREFIX, FileSystem, failpoints
 from walbd.fs.disk import disk_errors
 
@@ -30,6 +32,7 @@ log = structlog.get_logger()
 RECEIVED: Final = "received"
 SENDTO: Final = "sendto"
 QUARANTINED: Final = ".quarantined"  # suffix of a wdiff that was put aside: kept, never sent
+_OTHER: Final = re.compile(r"(.+)\.other-[0-9a-f]{32}")  # a wdiff, and the history (uuid) that it is of
 
 FP_RECORD_BEFORE_SAVE: Final = failpoints.register(
     "proxy.record.before_save", "the old record; a new archive has an empty directory, a deleted one still all"
@@ -71,12 +74,16 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     clearing: bool = False  # the whole volume goes
 
 
+Others = dict[Diff, list[str]]  # names of wdiffs of other histories with the same snapshots, oldest first
+
+
 @dataclass
 class Listing:
     """What the directory of a volume holds."""
 
     received: DiffIndex = field(default_factory=DiffIndex)
     sendto: dict[str, DiffIndex] = field(default_factory=dict)
+    others: dict[str, Others] = field(default_factory=dict)  # by archive
     troubles: list[str] = field(default_factory=list)  # files and directories that a person should look at
 
 
@@ -171,7 +178,8 @@ class VolumeStore:
         for name in self.fs.list_names(self.path / SENDTO):
             path = self.sendto(name)
             if name in wanted and self.fs.is_dir(path):
-                listing.sendto[name] = self._list_diffs(path, listing.troubles)
+                listing.others[name] = {}
+                listing.sendto[name] = self._list_diffs(path, listing.troubles, listing.others[name])
             else:
                 # Only what the record says to be deleted is deleted: this may be what is left of an archive
                 # that was lost from the record, with wdiffs that nobody else has.
@@ -180,19 +188,26 @@ class VolumeStore:
             log.warning("volume.trouble_found", path=str(self.path), trouble=trouble)
         return listing
 
-    def link(self, archive: str, diffs: Sequence[Diff], obsolete: Sequence[Diff]) -> None:
-        """Give received wdiffs a name in an archive's directory, durably.
+    def link(self, archive: str, diffs: Sequence[tuple[Diff, Diff | None]]) -> list[tuple[Diff, str]]:
+        """Give received wdiffs a name in an archive's directory, durably. Each comes with what is there already.
 
-        What was received last is right: a file of the same name is replaced. Those in `obsolete` have the same
-        snapshots as a received one but another name, and are put aside.
+        Of one history what was received last is right: a file of the same name is replaced, one of another name
+        is put aside. One of another history may still be needed, if the backup that the new one is of fails: it
+        is renamed, to be brought back then (`bring_back`). Returns what it is now: the diff and its name.
         """
         target = self.sendto(archive)
-        for diff in diffs:
+        others = []
+        for diff, known in diffs:
+            source = self.received / diff_name(diff)
+            other = self._set_other_aside(source, target, known) if known is not None else ""
+            if other:
+                others.append((diff, other))
             _hit(FP_WDIFF_BEFORE_LINK, target, "link")
-            self._link_over(self.received / diff_name(diff), target)
-        for diff in obsolete:
-            self._quarantine(target, diff_name(diff), "a newer wdiff of the same snapshots was received")
+            self._link_over(source, target)
+            if known is not None and not other and diff_name(known) != diff_name(diff):
+                self._quarantine(target, diff_name(known), "a newer wdiff of the same snapshots was received")
         self.fs.sync_dir(target)
+        return others
 
     def set_aside_received(self, diff: Diff) -> None:
         """Put a received wdiff aside: one of the same snapshots, under another name, has come since."""
@@ -205,12 +220,21 @@ class VolumeStore:
             _hit(FP_WDIFF_BEFORE_UNLINK, self.received, "remove")
             self.fs.unlink(self.received / diff_name(diff))
 
-    def unlink_sent(self, archive: str, diffs: Sequence[Diff]) -> None:
-        """Remove wdiffs that an archive does not need any more."""
+    def unlink_sent(self, archive: str, diffs: Sequence[Diff], others: Sequence[str] = ()) -> None:
+        """Remove wdiffs that an archive does not need any more, and such ones of other histories."""
         target = self.sendto(archive)
-        for diff in diffs:
+        for name in (*others, *map(diff_name, diffs)):
             _hit(FP_SEND_BEFORE_DELETE, target, "remove")
-            self.fs.unlink(target / diff_name(diff))
+            self.fs.unlink(target / name)
+
+    def bring_back(self, archive: str, name: str) -> Diff:
+        """Give a wdiff of another history its own name again, as the one that took its place is gone."""
+        target = self.sendto(archive)
+        own = _own_name(name)
+        self.fs.rename(target / name, target / own)
+        self.fs.sync_dir(target)
+        log.info("wdiff.brought_back", path=str(target / own))
+        return parse_diff_name(own, size_b=self.fs.size_of(target / own))
 
     # --- inside
 
@@ -245,11 +269,16 @@ class VolumeStore:
             if name.startswith(TMP_PREFIX):
                 self.fs.unlink(path / name)
 
-    def _list_diffs(self, path: Path, troubles: list[str]) -> DiffIndex:
+    def _list_diffs(self, path: Path, troubles: list[str], others: Others | None = None) -> DiffIndex:
         self._delete_temporary(path)
         diffs = []
-        for name in self.fs.list_names(path):
+        beside: Others = {} if others is None else others
+        for name in sorted(self.fs.list_names(path)):
             try:
+                own = _own_name(name)
+                if own and others is not None:
+                    beside.setdefault(parse_diff_name(own, size_b=0), []).append(name)
+                    continue
                 diffs.append(parse_diff_name(name, size_b=self.fs.size_of(path / name)))
             except BadLabel:
                 if is_diff_name(name):
@@ -262,7 +291,29 @@ class VolumeStore:
         for diff in duplicates:
             self._quarantine(path, diff_name(diff), "two wdiffs of the same snapshots")
             troubles.append(f"a wdiff that was put aside: {path / (diff_name(diff) + QUARANTINED)}")
+        for diff in [diff for diff in beside if index.find(diff.begin, diff.end) is None]:
+            index.add(self.bring_back(path.name, beside[diff].pop()))  # a crash came before it
+            if not beside[diff]:
+                del beside[diff]
         return index
+
+    def _set_other_aside(self, source: Path, target: Path, known: Diff) -> str:
+        """Rename a wdiff that is of another history than `source`; return its name then, empty if it is not."""
+        name = diff_name(known)
+        try:
+            uuid = self._uuid_of(target / name)
+            if uuid == self._uuid_of(source):
+                return ""
+            other = f"{name}.other-{uuid.hex()}"
+            self.fs.rename(target / name, target / other)
+        except (CorruptData, NotFound):
+            return ""
+        log.info("wdiff.of_another_history", path=str(target / other))
+        return other
+
+    def _uuid_of(self, path: Path) -> bytes:
+        with self.fs.open(path) as file:
+            return open_wdiff(file).header.uuid
 
     def _link_over(self, path: Path, directory: Path) -> None:
         """Link a file into a directory; a file of the same name is replaced, never missing in between."""
@@ -285,6 +336,12 @@ class VolumeStore:
             self.fs.rename(directory / name, directory / (name + QUARANTINED))
         except NotFound:
             log.error("wdiff.missing", path=str(directory / name))
+
+
+def _own_name(name: str) -> str:
+    """Return the own name of a wdiff that is kept beside one of another history; empty for other names."""
+    match = _OTHER.fullmatch(name)
+    return match[1] if match is not None else ""
 
 
 def _hit(name: str, path: Path, what: str) -> None:

@@ -32,7 +32,7 @@ from walbd.protocol.control import ArchiveInfo
 from walbd.proxy.convert import WlogConverter
 from walbd.proxy.diffs import DiffSet
 from walbd.proxy.states import TABLE, Command, State, nothing_to_save
-from walbd.proxy.store import ArchiveEntry, VolumeRecord, VolumeStore
+from walbd.proxy.store import ArchiveEntry, Others, VolumeRecord, VolumeStore
 
 log = structlog.get_logger()
 
@@ -48,6 +48,7 @@ class Hop:
     archive: str
     entry: ArchiveEntry
     diffs: DiffSet = field(default_factory=DiffSet)
+    others: Others = field(default_factory=dict)  # of other histories, with the same snapshots as one in `diffs`
     needs_person: bool = False  # the error flag: something that does not go away by waiting
     error_text: str = ""  # why the last attempt did not succeed; empty when it did
     last_sent: int = 0  # [unix s], 0: never since the start
@@ -339,22 +340,37 @@ class Volume:
             for file in files:
                 file.close()
 
-    async def drop(self, hop: Hop, taken: Sequence[tuple[Diff, int]]) -> int:
+    async def drop(self, hop: Hop, taken: Sequence[tuple[Diff, int]], *, other_history: bool = False) -> int:
         """Delete wdiffs that an archive does not need any more (memory first, then disk); return how many.
 
         One that was replaced meanwhile by a newer receipt stays. A file that cannot be removed is found again at
-        the next start, and refused by the archive as too old.
+        the next start, and refused by the archive as too old. `other_history`: the archive's history is not that
+        of these, so those that had to make way for them are sent next; else those are not needed either.
         """
+        run, store = self._env.pools.run, self._store
         async with self._lock:
             removed = hop.diffs.remove(taken)
             self.machine.changed.set()
+            again = [diff for diff in removed if diff in hop.others] if other_history else []
+            others = [] if other_history else [name for diff in removed for name in hop.others.pop(diff, ())]
             try:
-                await self._env.pools.run(Pool.SEND, self._store.unlink_sent, hop.archive, removed)
+                await run(Pool.SEND, store.unlink_sent, hop.archive, removed, others)
+                for diff in again:
+                    await self._bring_back(hop, diff)
             except DiskFailed as exc:
                 log.warning("wdiff.unlink_failed", volume=self.name, archive=hop.archive, **error_fields(exc))
         return len(removed)
 
     # --- inside
+
+    async def _bring_back(self, hop: Hop, diff: Diff) -> None:
+        """Have the wdiff of another history that made way last for `diff` take part again."""
+        back = await self._env.pools.run(Pool.SEND, self._store.bring_back, hop.archive, hop.others[diff][-1])
+        hop.others[diff].pop()
+        if not hop.others[diff]:
+            del hop.others[diff]
+        self._receipts += 1
+        hop.diffs.put(back, self._receipts)
 
     async def _relist(self) -> None:
         """Build all sets anew from the directory."""
@@ -366,6 +382,7 @@ class Volume:
             for archive, entry in self.record.archives.items():
                 hop = self.hops.setdefault(archive, Hop(archive, entry))
                 hop.diffs = DiffSet(listing.sendto[archive])
+                hop.others = listing.others[archive]
 
     async def _link_received(self) -> None:
         """As `link_received`, for callers that hold the lock."""
@@ -374,13 +391,10 @@ class Volume:
             return
         pools, store = self._env.pools, self._store
         for hop in self.hops.values():
-            known = [hop.diffs.find(diff) for diff in diffs]
-            obsolete = [
-                old
-                for old, new in zip(known, diffs, strict=True)
-                if old is not None and diff_name(old) != diff_name(new)
-            ]
-            await pools.run(Pool.RECORD, store.link, hop.archive, diffs, obsolete)
+            known = [(diff, hop.diffs.find(diff)) for diff in diffs]
+            others = await pools.run(Pool.RECORD, store.link, hop.archive, known)
+            for diff, name in others:
+                hop.others.setdefault(diff, []).append(name)
             for diff in diffs:
                 hop.diffs.put(diff, self.received.receipt(diff))
         await pools.run(Pool.RECORD, store.unlink_received, diffs)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit.fake_archive import FakeArchive
+from tests.kit.fake_archive import FakeArchive, clean
 from tests.kit.logs import image_of
 from tests.kit.proxy_rig import ProxyRig, StorageSide, proxy, write
 from walbd.errors import Busy, DiskFull, WalbError
@@ -306,4 +306,70 @@ async def test_orphans_of_a_failed_backup_are_drained(tmp_path: Path) -> None:
         a0.refuse_all(None)
         await rig.drained()
         assert a0.got == []
+        assert rig.files() == ["volume.json"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("later_s", [0, 5])
+async def test_what_waits_of_the_history_before_a_failed_backup_still_arrives(
+    tmp_path: Path, restart: bool, later_s: int
+) -> None:
+    """A hash backup goes on above what the archive has: its log can have generations that what waits has, too."""
+    async with FakeArchive(uuid=b"o" * 16) as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.SYNCING)
+        before, during = StorageSide(rig, uuid=b"o" * 16), StorageSide(rig, uuid=b"x" * 16)
+        packs = [write(16 * i, 8, i + 1) for i in range(4)]
+        for pack in packs:
+            await before.send([pack], mergeable=False)
+        during.gid = 1
+        for i in range(5):
+            label = clean(during.gid, during.gid + 1, timestamp=1_700_000_000 + later_s)
+            await during.send([write(500 + i)], diff=label)
+        if restart:
+            await rig.restart()
+            assert (await rig.status()).error == ""
+        a0.refuse_all(None)
+        await rig.drained()
+        assert a0.diffs == ["|0|-->|1|", "|1|-->|2|", "|2|-->|3|", "|3|-->|4|"]
+        assert a0.image == image_of(bytes(a0.size_b), packs)
+        assert rig.files() == ["volume.json"]
+
+
+async def test_what_waits_of_the_history_before_a_backup_goes_once_that_has_succeeded(tmp_path: Path) -> None:
+    async with FakeArchive(uuid=b"o" * 16) as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.SYNCING)
+        before, during = StorageSide(rig, uuid=b"o" * 16), StorageSide(rig, uuid=b"x" * 16)
+        for i in range(4):
+            await before.send([write(i)], mergeable=False)
+        during.gid = 1
+        for i in range(5):
+            await during.send([write(500 + i)], mergeable=False)
+        a0.uuid, a0.latest = b"x" * 16, Snapshot.clean(1)
+        a0.refuse_all(None)
+        await rig.drained()
+        assert a0.diffs == ["|1|-->|2|", "|2|-->|3|", "|3|-->|4|", "|4|-->|5|", "|5|-->|6|"]
+        assert rig.files() == ["volume.json"]
+
+
+async def test_three_histories_with_the_same_generations(tmp_path: Path) -> None:
+    """And a crash between the end of one wdiff and the return of that before it."""
+    async with FakeArchive(uuid=b"o" * 16) as a0, proxy(tmp_path) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.SYNCING)
+        for uuid in (b"o", b"x", b"y"):
+            await StorageSide(rig, uuid=uuid * 16).send([write(0, 8, uuid[0])])
+        path = rig.volume._store.sendto("a0")
+        assert len(list(path.iterdir())) == 3
+        newest = next(file for file in path.iterdir() if file.name.endswith(".wdiff"))
+        await rig.crash()
+        newest.unlink()
+        await rig.up()
+        assert len(list(path.iterdir())) == 2
+        assert await rig.waiting("a0") == ["|0|-->|1|"]
+        a0.refuse_all(None)
+        await rig.drained()
+        assert a0.diffs == ["|0|-->|1|"]
+        assert a0.image == image_of(bytes(a0.size_b), [write(0, 8, ord("o"))])
         assert rig.files() == ["volume.json"]

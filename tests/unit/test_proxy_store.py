@@ -39,9 +39,9 @@ def test_link_replaces_and_syncs(store: VolumeStore) -> None:
     target = store.sendto("a0") / diff_name(diff)
     target.write_bytes(b"old")
     put(store, diff)
-    store.link("a0", [diff], [])
+    store.link("a0", [(diff, diff)])
     assert target.read_bytes() == b"new"
-    store.link("a0", [diff], [])  # again: the same file
+    store.link("a0", [(diff, diff)])  # again: the same file
     assert [path.name for path in store.sendto("a0").iterdir()] == [diff_name(diff)]
     store.unlink_received([diff])
     assert target.read_bytes() == b"new"
@@ -53,23 +53,23 @@ def test_link_of_what_an_earlier_attempt_has_moved(store: VolumeStore) -> None:
     first, second = clean(0, 1), clean(1, 2)
     for diff in (first, second):
         put(store, diff)
-    store.link("a0", [first, second], [])
+    store.link("a0", [(first, None), (second, None)])
     store.unlink_received([first])
-    store.link("a0", [first, second], [])
+    store.link("a0", [(first, None), (second, None)])
     store.unlink_received([first, second])
     assert len(list(store.sendto("a0").iterdir())) == 2
 
 
 def test_link_of_what_is_nowhere_is_an_error(store: VolumeStore) -> None:
     with pytest.raises(NotFound):
-        store.link("a0", [clean(0, 1)], [])
+        store.link("a0", [(clean(0, 1), None)])
 
 
 def test_obsolete_is_put_aside(store: VolumeStore) -> None:
     old, new = clean(0, 1, timestamp=5), clean(0, 1)
     (store.sendto("a0") / diff_name(old)).write_bytes(b"old")
     put(store, new)
-    store.link("a0", [new], [old])
+    store.link("a0", [(new, old)])
     names = sorted(path.name for path in store.sendto("a0").iterdir())
     assert names == sorted([diff_name(new), diff_name(old) + ".quarantined"])
     listing = store.look(["a0"])
