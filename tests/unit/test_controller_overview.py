@@ -132,7 +132,9 @@ def alarms_of(group: FakeGroup, kind: Kind, **fields: Any) -> list[tuple[str, st
         (Kind.STORAGE, {"uuid": "ff" * 16}, [("error", "other-history")]),
         (Kind.PROXY, {"state": "Stopped"}, [("warn", "stopped")]),
         (Kind.PROXY, {"hops": []}, [("error", "not-fed")]),
-        (Kind.PROXY, {"error": "bad file"}, [("error", "broken")]),
+        (Kind.STORAGE, {"overflow": True, "error": "the log has overflowed"}, [("error", "overflow")]),
+        (Kind.STORAGE, {"error": "no proxy takes the log"}, [("error", "trouble")]),
+        (Kind.PROXY, {"error": "bad file"}, [("error", "trouble")]),
         (Kind.ARCHIVE, {"state": "Stopped"}, [("warn", "stopped")]),
         (Kind.ARCHIVE, {"state": "SyncReady", "restorable": 0}, [("warn", "not-started")]),
         (Kind.ARCHIVE, {"restorable": 0}, [("warn", "nothing-restorable")]),
@@ -142,6 +144,21 @@ def alarms_of(group: FakeGroup, kind: Kind, **fields: Any) -> list[tuple[str, st
 )
 def test_alarms(kind: Kind, fields: dict[str, Any], alarms: list[tuple[str, str]], group: FakeGroup) -> None:
     assert alarms_of(group, kind, **fields) == alarms
+
+
+@pytest.mark.parametrize(("free_b", "word"), [(99, "error"), (150, "warn"), (200, None)])
+def test_little_space(group: FakeGroup, free_b: int, word: str | None) -> None:
+    replies = dict(group.ctl.ask_each(group.layout.get_all(), c.GetStatus()))
+    replies[group.a[0]] = c.StatusReply(
+        node="a0",
+        kind=Kind.ARCHIVE,
+        version="",
+        pid=1,
+        now=NOW,
+        server={"free_b": free_b, "free_reserve_b": 100},
+    )
+    view = make_overview(replies, {}, "", group.layout)
+    assert [str(a.word) for a in view.alarms if a.code == "disk-full"] == ([word] if word else [])
 
 
 def test_send_error(group: FakeGroup) -> None:

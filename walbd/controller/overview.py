@@ -21,6 +21,7 @@ from walbd.protocol.control import HopStatus, StatusReply, VolumeStatus
 from walbd.units import LB, format_size, format_time
 
 LAG_WARN_S: Final = 60
+DISK_WARN: Final = 2  # times the reserve: less free space than that is told of
 LOG_WARN: Final = 0.7  # of the capacity
 LOG_ERROR: Final = 0.9
 JOB_FAILED_RECENTLY_S: Final = 3600
@@ -194,6 +195,7 @@ class _Look:
                 f"calls itself {reply.node}",
                 "use the same name in the group file and as node_id",
             )
+        self.check_disk(s, reply)
         away = [proxy for proxy in reply.proxies if not proxy.available]
         if away:
             none_left = len(away) == len(reply.proxies)
@@ -206,6 +208,15 @@ class _Look:
                 + ", ".join(p.address for p in away),
                 "start the proxies before the log is full" if none_left else "",
             )
+
+    def check_disk(self, s: Server, reply: StatusReply) -> None:
+        free_b, reserve_b = reply.server.get("free_b"), reply.server.get("free_reserve_b")
+        if isinstance(free_b, int) and isinstance(reserve_b, int) and free_b < DISK_WARN * reserve_b:
+            text = f"{format_size(free_b)} are free, and {format_size(reserve_b)} must stay free"
+            hint = (
+                "archives that are away keep diffs here" if s.kind == k.K_PROXY else "apply or delete old points"
+            )
+            self.alarm(Word.ERROR if free_b < reserve_b else Word.WARN, "disk-full", s.name, "", text, hint)
 
     def server(self, s: Server, reply: StatusReply | WalbError) -> ServerView:
         mine = [a for a in self.alarms if a.server == s.name and not a.volume]
@@ -400,9 +411,11 @@ class _Look:
         )
 
     def broken(self, s: Server, v: VolumeStatus) -> Word:
-        if (not v.error or v.error == v.device_error) and v.state != k.BROKEN:
+        if v.state == k.BROKEN:
+            return self.alarm(Word.ERROR, "broken", s.name, v.volume, v.error or "the volume is broken")
+        if not v.error or v.error == v.device_error or v.overflow:  # the last two have alarms of their own
             return Word.OK
-        return self.alarm(Word.ERROR, "broken", s.name, v.volume, v.error or "the volume is broken")
+        return self.alarm(Word.ERROR, "trouble", s.name, v.volume, v.error)
 
     def lag(self, vol: str, at_archive: VolumeStatus) -> int | None:
         """Return how old the newest snapshot at an archive is, 0 when it has everything; None: not known."""
