@@ -55,8 +55,10 @@ def judge(volume: Volume | None, offer: WdiffOffer, sender: Kind, *, auto_resize
     State comes before uuid: during a backup the new uuid is not recorded yet, and diffs sent meanwhile must be
     held, not destroyed. A damaged volume, one being stopped, and a sender of another kind are errors.
     """
-    if sender not in (Kind.PROXY, Kind.ARCHIVE) or offer.sender is not sender:
-        raise Refused("wdiffs are taken from proxies and archives only", sender=str(sender))
+    if sender is not Kind.PROXY or offer.sender is not sender:
+        raise Refused(
+            "wdiffs are offered by proxies only", hint="archives replicate to one another", sender=str(sender)
+        )
     if volume is None:
         return Verdict.NOT_FOUND
     machine = volume.machine
@@ -70,7 +72,7 @@ def judge(volume: Volume | None, offer: WdiffOffer, sender: Kind, *, auto_resize
         return Verdict.BUSY
     if machine.during is not None or machine.state is not State.ARCHIVED:
         return Verdict.NOT_READY
-    if sender is Kind.PROXY and offer.uuid.hex() != volume.record.uuid:
+    if offer.uuid.hex() != volume.record.uuid:
         # A replication may bring this history, or has still to tell any: nobody may throw anything away.
         unknown = volume.replications or volume.record.uuid == NIL_UUID.hex()
         return Verdict.NOT_READY if unknown else Verdict.DIFFERENT_UUID

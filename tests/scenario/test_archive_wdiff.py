@@ -124,16 +124,13 @@ async def test_verdicts_of_an_archived_volume_in_order(feed: Feed) -> None:
     assert "nobody" not in feed.rig.server.volumes
 
 
-async def test_archives_may_send_another_uuid(feed: Feed) -> None:
-    """Only proxies are asked for the uuid: a replica continues by its labels."""
-    assert await ask(feed, clean(4, 5), uuid=b"y" * 16, me=ARCHIVE) is Verdict.TOO_NEW
-
-
-async def test_sender_must_be_what_it_says(feed: Feed) -> None:
-    with pytest.raises(RemoteError, match="from proxies and archives only"):
-        await feed.rig.call(
-            WdiffOffer(volume=VOL, sender=Kind.PROXY, uuid=feed.uuid, size_lb=64, diff=clean(3, 4)), STORAGE
-        )
+async def test_sender_must_be_a_proxy(feed: Feed) -> None:
+    """Archives replicate, which tells of histories."""
+    for me, sender in ((STORAGE, Kind.PROXY), (ARCHIVE, Kind.PROXY), (ARCHIVE, Kind.ARCHIVE)):
+        with pytest.raises(RemoteError, match="by proxies only"):
+            await feed.rig.call(
+                WdiffOffer(volume=VOL, sender=sender, uuid=feed.uuid, size_lb=64, diff=clean(3, 4)), me
+            )
 
 
 async def test_vanished_image_is_not_found(feed: Feed, tmp_path: Path) -> None:
