@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.kit.running import Running
 from walbd.daemon.conn import Connection, Me
 from walbd.daemon.env import Env
 from walbd.daemon.net import Address
@@ -27,10 +28,6 @@ from walbd.protocol.control import GetHostType, HostType
 from walbd.protocol.transfer import Verdict, WdiffChunk, WdiffOffer, WdiffVerdict
 
 RELATIONS = {Relation.TOO_OLD: Verdict.TOO_OLD, Relation.TOO_NEW: Verdict.TOO_NEW}
-
-
-class Down(Exception):
-    """Ends an archive and everything that it does."""
 
 
 def drop_connections(server: Server) -> None:
@@ -103,9 +100,7 @@ class FakeArchive:
     def __post_init__(self) -> None:
         self.image = self.image or bytes(self.size_b)
         self._env = self.env or Env()
-        self._server: Server | None = None
-        self._running: asyncio.Task[None] | None = None
-        self._end = asyncio.Event()
+        self._running = Running()
 
     async def __aenter__(self) -> FakeArchive:
         await self.up()
@@ -117,33 +112,18 @@ class FakeArchive:
 
     async def up(self) -> None:
         """Begin to listen; on the same port as before."""
-        listening = asyncio.Event()
-        self._end = asyncio.Event()
         handlers: dict[type[Any], Callable[..., Any]] = {WdiffOffer: self._serve, GetHostType: self._host_type}
-        self._server = Server(self._env, Me(self.name, self.kind, io_timeout_s=10), handlers)
+        server = Server(self._env, Me(self.name, self.kind, io_timeout_s=10), handlers)
 
-        async def run(server: Server) -> None:
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    await server.listen(tasks, [self.address])
-                    self.address = server.addresses[0]
-                    listening.set()
-                    await self._end.wait()
-                    drop_connections(server)
-                    raise Down
-            except* Down:
-                pass
+        async def start(tasks: asyncio.TaskGroup) -> None:
+            await server.listen(tasks, [self.address])
+            self.address = server.addresses[0]
 
-        self._running = asyncio.create_task(run(self._server))
-        await asyncio.wait({self._running, asyncio.ensure_future(listening.wait())}, return_when="FIRST_COMPLETED")
-        assert listening.is_set(), self._running
+        await self._running.up(start, lambda: drop_connections(server))
 
     async def down(self) -> None:
         """Drop all connections and listen no more."""
-        self._end.set()
-        if self._running is not None:
-            await self._running
-            self._running = None
+        await self._running.crash()
 
     def refuse_all(self, verdict: Verdict | None) -> None:
         """Answer every offer with this from now on; None: as it fits."""

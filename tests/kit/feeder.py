@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -25,6 +24,7 @@ from typing import Any, Self, TypeVar
 import lz4.block
 import xxhash
 
+from tests.kit.running import Running
 from tests.kit.wdiffs import MemoryFile
 from walbd.archive.config import ArchiveConfig
 from walbd.archive.server import ArchiveServer
@@ -76,10 +76,6 @@ class FakeClock:
         return self.time_s
 
 
-class Crash(BaseException):
-    """Ends an archive as a power failure does."""
-
-
 class ArchiveRig:
     """One archive that can be crashed and started again on the same directory."""
 
@@ -95,8 +91,7 @@ class ArchiveRig:
         self.env = Env(fs=fs or OsFileSystem(), clock=FakeClock(), rng=random.Random(1))
         self.shutdown = Shutdown()
         self.server = self._make()
-        self._running: asyncio.Task[None] | None = None
-        self._end = asyncio.Event()
+        self._running = Running()
 
     def _make(self) -> ArchiveServer:
         return ArchiveServer(ArchiveConfig(base_dir=str(self.base), **self.settings), self.env, self.shutdown)
@@ -112,36 +107,11 @@ class ArchiveRig:
         """Start; raises what keeps the archive from starting."""
         self.shutdown = Shutdown()
         self.server = self._make()
-        self._end = asyncio.Event()
-        started = asyncio.Event()
-
-        async def run() -> None:
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    await self.server.start(tasks)
-                    started.set()
-                    await self._end.wait()
-                    raise Crash
-            except* Crash:
-                pass
-
-        self._running = asyncio.create_task(run())
-        waiter = asyncio.ensure_future(started.wait())
-        await asyncio.wait({self._running, waiter}, return_when=asyncio.FIRST_COMPLETED)
-        waiter.cancel()
-        if self._running.done():
-            failed, self._running = self._running, None
-            try:
-                failed.result()
-            except ExceptionGroup as group:
-                raise group.exceptions[0] from None
+        await self._running.up(self.server.start)
 
     async def crash(self) -> None:
         """End everything that runs, at whatever place it is, and forget all that is in memory."""
-        self._end.set()
-        if self._running is not None:
-            await self._running
-            self._running = None
+        await self._running.crash()
         if self.server.addresses:
             self.server._server._closing = True
             for listener in self.server._server._listeners:

@@ -12,6 +12,7 @@ import lz4.block
 
 from tests.kit.fake_archive import FakeArchive, clean, drop_connections
 from tests.kit.logs import Io, build_pack
+from tests.kit.running import Running
 from walbd.daemon.conn import Connection, Me, call, dial
 from walbd.daemon.env import Env
 from walbd.daemon.main import Shutdown, ShutdownMode
@@ -45,10 +46,6 @@ STORAGE = Me(node="s0", kind=Kind.STORAGE, io_timeout_s=20)
 WAIT_S = 20.0
 
 
-class Crash(BaseException):
-    """Ends a proxy as a power failure does."""
-
-
 class ProxyRig:
     """One proxy that can be crashed and started again on the same directory."""
 
@@ -67,8 +64,7 @@ class ProxyRig:
         self.poll_s = 0.001
         self.shutdown = Shutdown()
         self.server = self._make()
-        self._running: asyncio.Task[None] | None = None
-        self._crash = asyncio.Event()
+        self._running = Running()
 
     @property
     def address(self) -> Address:
@@ -92,33 +88,11 @@ class ProxyRig:
         """Start; raises what keeps the proxy from starting."""
         self.shutdown = Shutdown()
         self.server = self._make()
-        self._crash = asyncio.Event()
-        started = asyncio.Event()
-
-        async def run() -> None:
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    await self.server.start(tasks)
-                    started.set()
-                    await self._crash.wait()
-                    drop_connections(self.server.server)
-                    raise Crash
-            except* Crash:
-                pass
-
-        self._running = asyncio.create_task(run())
-        waiter = asyncio.ensure_future(started.wait())
-        await asyncio.wait({self._running, waiter}, return_when=asyncio.FIRST_COMPLETED)
-        waiter.cancel()
-        if self._running.done():
-            self._running.result()
+        await self._running.up(self.server.start, lambda: drop_connections(self.server.server))
 
     async def crash(self) -> None:
         """End everything that runs, at whatever place it is, and forget all that is in memory."""
-        self._crash.set()
-        if self._running is not None:
-            await self._running
-            self._running = None
+        await self._running.crash()
         self.server.release()
 
     async def restart(self) -> None:

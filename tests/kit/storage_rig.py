@@ -135,7 +135,27 @@ class Piece:
     proxy: str
 
 
-class FakeProxy:
+class FakePeer:
+    """A server of the test's own."""
+
+    server: Server | None = None
+    address = Address()
+
+    async def _serve(
+        self, env: Env, tasks: asyncio.TaskGroup, name: str, kind: Kind, handlers: dict[type[Request[Any]], Any]
+    ) -> None:
+        """Listen, at the same port as before if there was one."""
+        self.server = Server(env, Me(node=name, kind=kind, io_timeout_s=DEADLINE_S), handlers)
+        await self.server.listen(tasks, [Address("127.0.0.1", self.address.port)])
+        self.address = self.server.addresses[0]
+
+    async def stop(self) -> None:
+        if self.server is not None:
+            server, self.server = self.server, None
+            await server.stop(force=True)
+
+
+class FakeProxy(FakePeer):
     """Takes wlogs as the real one promises: verified, whole packs, in one list."""
 
     def __init__(self, name: str, pieces: list[Piece]) -> None:
@@ -149,20 +169,9 @@ class FakeProxy:
         self.offers = 0
         self.host_type_calls = 0
         self.chunks = 0
-        self.server: Server | None = None
-        self.address = Address()
 
     async def serve(self, env: Env, tasks: asyncio.TaskGroup) -> None:
-        """Listen, at the same port as before if there was one."""
-        me = Me(node=self.name, kind=Kind.PROXY, io_timeout_s=DEADLINE_S)
-        self.server = Server(env, me, {GetHostType: self._host_type, WlogOffer: self._take})
-        await self.server.listen(tasks, [Address("127.0.0.1", self.address.port)])
-        self.address = self.server.addresses[0]
-
-    async def stop(self) -> None:
-        if self.server is not None:
-            server, self.server = self.server, None
-            await server.stop(force=True)
+        await self._serve(env, tasks, self.name, Kind.PROXY, {GetHostType: self._host_type, WlogOffer: self._take})
 
     async def _host_type(self, _conn: Connection, _request: GetHostType) -> HostType:
         self.host_type_calls += 1
@@ -230,7 +239,7 @@ class Base:
     uuid: bytes
 
 
-class FakeArchive:
+class FakeArchive(FakePeer):
     """Takes full backups, and answers for the newest snapshot it could restore."""
 
     def __init__(self, pieces: list[Piece]) -> None:
@@ -242,20 +251,11 @@ class FakeArchive:
         self.fail_at_end: Refused | None = None
         self.zero_chunks = self.data_chunks = 0
         self.offers: list[FullBackupOffer] = []
-        self.server: Server | None = None
-        self.address = Address()
 
     async def serve(self, env: Env, tasks: asyncio.TaskGroup) -> None:
-        me = Me(node="a0", kind=Kind.ARCHIVE, io_timeout_s=DEADLINE_S)
-        handlers: dict[type[Request[Any]], Any] = {FullBackupOffer: self._take, GatherLatest: self._latest}
-        self.server = Server(env, me, handlers)
-        await self.server.listen(tasks, [Address("127.0.0.1", self.address.port)])
-        self.address = self.server.addresses[0]
-
-    async def stop(self) -> None:
-        if self.server is not None:
-            server, self.server = self.server, None
-            await server.stop(force=True)
+        await self._serve(
+            env, tasks, "a0", Kind.ARCHIVE, {FullBackupOffer: self._take, GatherLatest: self._latest}
+        )
 
     async def _latest(self, _conn: Connection, request: GatherLatest) -> GatheredLatest:
         rows = []

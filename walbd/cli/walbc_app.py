@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from walbd.cli.output import note, print_json
+from walbd.cli.output import note, print_json, print_table
 from walbd.cli.walbc_progress import ProgressView, progress_view
 from walbd.controller.constants import sClear, sTarget
 from walbd.controller.controller import Controller
@@ -141,6 +141,16 @@ class App:
     def tell_lines(self, value: object, rows: Sequence[object]) -> None:
         """Print a result that is one line for each of `rows`, none when there are none."""
         self.tell(value, "\n".join(str(row) for row in rows))
+
+    def tell_table(
+        self, value: object, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()
+    ) -> None:
+        """Print a result as a table, with the columns `right` aligned to the right; or `value` as JSON."""
+        if self.as_json:
+            self.tell(value)
+        else:
+            self.end_progress()
+            print_table(columns, rows, right=right)
 
     def tell_interrupted(self) -> None:
         """Say on stderr which work goes on although nobody waits for it any more."""

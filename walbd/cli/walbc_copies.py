@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from walbd.cli.output import print_table
 from walbd.cli.walbc_app import ARCHIVE, TIMEOUT, VOL, App, checked, command
 from walbd.cli.walbc_volume import DELAY
 from walbd.controller.constants import UINT64_MAX
@@ -119,10 +118,6 @@ def synchronize(
 def replicas(app: App, vol: str, archive: str | None) -> None:
     """List to where an archive has replicated the volume: it keeps the diffs that these still need."""
     reply = app.ctl.ask(app.archive(archive), m.GetReplicaPositions(volume=checked(vol)))
-    if app.as_json:
-        app.tell(reply)
-        return
-    app.end_progress()
     rows = [
         (
             row.node,
@@ -136,7 +131,7 @@ def replicas(app: App, vol: str, archive: str | None) -> None:
         for row in reply.rows
     ]
     columns = ["ARCHIVE", "ADDRESS", "GID", "TIME", "SEEN", "FAILURES", "ERROR"]
-    print_table(columns, rows, right=["GID", "FAILURES"])
+    app.tell_table(reply, columns, rows, right=["GID", "FAILURES"])
 
 
 @command("forget-replica")

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from walbd.cli.output import print_table
 from walbd.cli.walbc_app import ARCHIVE, GID, TIMEOUT, VOL, YES, App, checked, command, sure
 from walbd.controller.constants import UINT64_MAX
 from walbd.errors import AlreadyExists
@@ -122,10 +121,6 @@ def del_cold(app: App, vol: str, gid: int, archive: str | None) -> None:
 def gaps(app: App, vol: str, archive: str | None) -> None:
     """List the intervals for which no restore point can exist, and why."""
     reply = app.ctl.ask(app.archive(archive), m.GetGaps(volume=checked(vol)))
-    if app.as_json:
-        app.tell(reply)
-        return
-    app.end_progress()
     rows = [
         (
             gap.gid_b,
@@ -136,7 +131,7 @@ def gaps(app: App, vol: str, archive: str | None) -> None:
         )
         for gap in reply.gaps
     ]
-    print_table(["GIDB", "FROM", "GIDE", "TO", "CAUSE"], rows, right=["GIDB", "GIDE"])
+    app.tell_table(reply, ["GIDB", "FROM", "GIDE", "TO", "CAUSE"], rows, right=["GIDB", "GIDE"])
 
 
 @command("block-hash")

@@ -245,11 +245,8 @@ def _end(text: str) -> int:
 def hold_list(app: App, vol: str, archive: str | None) -> None:
     """List the holds of a volume."""
     holds = app.ctl.get_holds(app.archive(archive), checked(vol))
-    if app.as_json:
-        app.tell({"holds": holds})
-        return
-    app.end_progress()
-    print_table(
+    app.tell_table(
+        {"holds": holds},
         ["GID", "CREATED", "UNTIL", "REASON"],
         [
             (row.gid, format_time(row.created), format_time(row.until) if row.until else "-", row.reason)

@@ -113,16 +113,9 @@ class Ring:
         A block is taken for a header by its type and checksum alone; what lies between headers is not followed.
         At most one lap.
         """
-        sb = self.superblock
-        assert lsid_end - lsid <= sb.ring_size_pb
-        buffer = aligned_buffer(min(_PIECE_B, (lsid_end - lsid) * sb.pbs))
-        while lsid < lsid_end:
-            n_pb = min(len(buffer) // sb.pbs, lsid_end - lsid)
-            view = buffer[: n_pb * sb.pbs]
-            self.read_into(view, lsid)
-            for i, found in find_headers(view, sb.pbs, sb.salt):
-                yield Lsid(lsid + i), Lsid(found)
-            lsid += n_pb
+        for at, view in self._pieces(lsid, lsid_end):
+            for i, found in find_headers(view, self.superblock.pbs, self.superblock.salt):
+                yield Lsid(at + i), Lsid(found)
 
     def claims(self, lsid: int, lsid_end: int) -> Iterator[Lsid]:
         """Yield the lsid of every block in [lsid, lsid_end) that claims to be the header of its own place.
@@ -130,6 +123,12 @@ class Ring:
         Sector type and lsid decide, not the checksum: a header that was written in part claims its place too.
         At most one lap.
         """
+        for at, view in self._pieces(lsid, lsid_end):
+            for i in find_claims(view, self.superblock.pbs, at):
+                yield Lsid(at + i)
+
+    def _pieces(self, lsid: int, lsid_end: int) -> Iterator[tuple[int, memoryview]]:
+        """Yield [lsid, lsid_end) in pieces: where each begins, and its bytes, valid until the next one."""
         sb = self.superblock
         assert lsid_end - lsid <= sb.ring_size_pb
         buffer = aligned_buffer(min(_PIECE_B, (lsid_end - lsid) * sb.pbs))
@@ -137,8 +136,7 @@ class Ring:
             n_pb = min(len(buffer) // sb.pbs, lsid_end - lsid)
             view = buffer[: n_pb * sb.pbs]
             self.read_into(view, lsid)
-            for i in find_claims(view, sb.pbs, lsid):
-                yield Lsid(lsid + i)
+            yield lsid, view
             lsid += n_pb
 
     def error(self, scanner: LogScanner, begin_lsid: int, *, hint: str = "") -> CorruptData:
