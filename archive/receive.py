@@ -167,7 +167,7 @@ async def take_stream(volume: Volume, conn: Connection, sink: WdiffSink) -> None
             if timer.is_due(len(payload)):
                 await pipeline.push(pools.run(Pool.RECEIVE, sink.sync), 0)
         await pipeline.drain()
-    await with_filler(conn, pools.run(Pool.RECEIVE, sink.finish))
+    await with_filler(conn, pools.run(Pool.MAINTAIN, sink.finish))  # long: reception has few threads
 
 
 async def _commit(volume: Volume, sink: WdiffSink, diff: Diff, uuid: bytes) -> None:

@@ -38,7 +38,7 @@ from walbd.protocol.transfer import BackupAccepted, Bulk
 
 HASH_B = 16  # xxh3-128 of one bulk with the seed of the run, big-endian as xxhash writes a digest
 
-RangeSize = Annotated[int, msgspec.Meta(gt=0, le=64 << 20)]
+RangeSize = Annotated[int, msgspec.Meta(gt=0, le=16 << 20)]
 
 
 @message("hash-wanted")

@@ -275,3 +275,36 @@ async def test_sync_ready_by_hand_forgets_all_of_the_old_history(group: Group) -
     await feed.full_backup()
     record = group.volume(0).record
     assert (record.holds, record.replicas, record.gaps) == ((), (), ())
+
+
+async def test_wdiffs_that_are_read_back_leave_threads_to_reception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes long for large ones, and there are few threads for reception."""
+    async with ArchiveRig(tmp_path) as rig:
+        feeds = [Feed(rig, name=f"v{number}", seed=number) for number in range(4)]
+        for feed in feeds:
+            await feed.init()
+            await feed.full_backup()
+        gate, real = Gate(), WdiffSink.finish
+        standing = iter(range(4))
+
+        def slow(sink: WdiffSink) -> None:
+            if next(standing) == 3:
+                gate.stand()
+            assert gate.open.wait(20)
+            real(sink)
+
+        monkeypatch.setattr(WdiffSink, "finish", slow)
+        async with asyncio.TaskGroup() as tasks:
+            for feed in feeds:
+                tasks.create_task(feed.step())
+            await gate.wait()
+            other = Feed(rig, name="v9", seed=9)
+            await other.init()
+            async with asyncio.timeout(10):
+                await other.full_backup()
+            gate.open.set()
+        monkeypatch.undo()
+        for feed in feeds:
+            assert await feed.check() == [0, 1]

@@ -337,7 +337,7 @@ class _Serving:
                         "the comparison ends early", offset_b=self._answered_b, size_b=self._size_b
                     )
                 await pipeline.drain()
-            await self._pools.run(self._pool, self._sink.finish)
+            await self._pools.run(Pool.MAINTAIN, self._sink.finish)  # long: it reads back what has come
             self._wanted.put_nowait(None)
 
     def _check(self, wanted: HashWanted) -> None:
