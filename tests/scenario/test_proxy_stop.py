@@ -278,7 +278,6 @@ async def test_shutdown_is_answered(tmp_path: Path, how: ShutdownHow) -> None:
 async def test_directory_belongs_to_one_process(tmp_path: Path) -> None:
     async with proxy(tmp_path):
         other = ProxyRig(tmp_path)
-        with pytest.raises(BaseExceptionGroup) as caught:
+        with pytest.raises(Busy):
             await other.up()
-        assert caught.group_contains(Busy)
         other.env.pools.close()
