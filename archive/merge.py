@@ -119,21 +119,18 @@ async def run_merge(volume: Volume, plan: Sequence[Diff], job: Job) -> dict[str,
     """The job: make one diff of those planned; the caller holds the action. A failure changes nothing."""
     pools = volume.place.env.pools
     volume.check_force()
-    volume.merging = check_merge(volume, _as_planned(volume, plan))
-    try:
-        await volume.begin_action(MERGE)
-        async with open_diffs(volume, Pool.MAINTAIN, lambda: _as_planned(volume, plan)) as parts:
-            file = await pools.run(Pool.MAINTAIN, _make_file, volume, plan)
-            try:
-                job.begin("merging", sum(diff.size_b for diff in plan))
-                size_b = await pools.run(Pool.MAINTAIN, _write, volume, parts.readers, file, job)
-                job.begin("verifying")
-                records = await pools.run(Pool.MAINTAIN, _verify, volume, file)
-                merged = await uninterrupted(_commit(volume, plan, file, size_b))
-            finally:
-                await pools.run(Pool.MAINTAIN, file.close)
-    finally:
-        volume.merging = None
+    check_merge(volume, _as_planned(volume, plan))
+    await volume.begin_action(MERGE)
+    async with open_diffs(volume, Pool.MAINTAIN, lambda: _as_planned(volume, plan)) as parts:
+        file = await pools.run(Pool.MAINTAIN, _make_file, volume, plan)
+        try:
+            job.begin("merging", sum(diff.size_b for diff in plan))
+            size_b = await pools.run(Pool.MAINTAIN, _write, volume, parts.readers, file, job)
+            job.begin("verifying")
+            records = await pools.run(Pool.MAINTAIN, _verify, volume, file)
+            merged = await uninterrupted(_commit(volume, plan, file, size_b))
+        finally:
+            await pools.run(Pool.MAINTAIN, file.close)
     removed_b = sum(diff.size_b for diff in plan)
     return {"diff": str(merged), "diffs": len(plan), "size_b": size_b, "removed_b": removed_b, "records": records}
 

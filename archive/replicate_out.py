@@ -32,7 +32,7 @@ from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Place, Volume
 from walbd.archive.work import Starter, accepted
 from walbd.daemon.conn import Connection, Me, dial, with_filler
-from walbd.daemon.copying import ImageSource
+from walbd.daemon.copying import ImageSource, tell
 from walbd.daemon.env import Pool
 from walbd.daemon.full_copy import send_full
 from walbd.daemon.hash_sync import send_differences
@@ -80,7 +80,6 @@ log = structlog.get_logger()
 
 FILES_MAX: Final = 1000  # merged into one diff on the way
 REFUSED_MAX: Final = 100  # rounds in succession that the destination does not accept, as it has moved on
-_LAST_WORDS_S: Final = 2.0
 
 FP_BEFORE_POSITION: Final = failpoints.register(
     "archive.repl_source.before_position", "the destination has more than the record here says"
@@ -157,17 +156,8 @@ class Replicator:
             except WalbError as exc:
                 await note_failure(volume, replication.dest, exc)
                 if not isinstance(exc, ConnectError | TimedOut | RemoteError):
-                    await _tell(conn, exc)
+                    await tell(conn, exc)
                 raise
-
-
-async def _tell(conn: Connection, error: WalbError) -> None:
-    """Tell the destination why we end; it may not listen any more."""
-    try:
-        async with asyncio.timeout(_LAST_WORDS_S):
-            await conn.send_error(error)
-    except TimeoutError:
-        pass
 
 
 @dataclass(frozen=True)

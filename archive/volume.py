@@ -71,7 +71,6 @@ class Volume:
         self.progress_lb = 0  # of a copy that is being received
         self.received = 0  # when data came last [unix s]
         self.naming = asyncio.Lock()  # held while files of diffs are renamed or removed, with the collection
-        self.merging: Diff | None = None  # what a running merge makes: a snapshot inside it is about to vanish
         self.replicating: set[str] = set()  # addresses of destinations to which a replication runs
         self.replications = 0  # that come: each may bring another log history
         self._lock = asyncio.Lock()

@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack
 from typing import ClassVar, Final
 
 from walbd.daemon.conn import Connection, dial, with_filler
-from walbd.daemon.copying import ImageSource
+from walbd.daemon.copying import ImageSource, tell
 from walbd.daemon.full_copy import send_full
 from walbd.daemon.hash_sync import send_differences
 from walbd.daemon.jobs import Job
@@ -49,8 +49,6 @@ FP_BEFORE_END: Final = failpoints.register(
 FP_AFTER_DONE: Final = failpoints.register(
     "storage.backup.after_done", "SyncReady, while the archive has the backup: a hash backup continues it"
 )
-
-_LAST_WORDS_S: Final = 2.0
 
 
 async def begin_full_backup(volume: Volume, bulk_b: int) -> Job:
@@ -121,7 +119,7 @@ class Backup(ABC):
             except (ConnectError, TimedOut, RemoteError):
                 raise
             except WalbError as exc:
-                await _tell(conn, exc)
+                await tell(conn, exc)
                 raise
             finally:
                 if volume.machine.state is not State.TARGET and volume.monitored:
@@ -245,12 +243,3 @@ class HashBackup(Backup):
             conn, shared.env.pools, source, bulk_b=self._bulk_b, seed=self._seed, uuid=uuid, compress=compress
         )
         return {"differing_b": found.differing_b, "wire_b": found.wire_b}
-
-
-async def _tell(conn: Connection, error: WalbError) -> None:
-    """Tell the archive why the backup ends here, if it still listens; a lost connection would do as well."""
-    try:
-        async with asyncio.timeout(_LAST_WORDS_S):
-            await conn.send_error(error)
-    except TimeoutError:
-        pass

@@ -17,7 +17,7 @@ from walbd.ext.buffers import Buf
 from walbd.protocol.base import Filler
 from walbd.protocol.codec import Message
 
-_LAST_WORDS_S: Final = 2.0
+LAST_WORDS_S: Final = 2.0  # to hear, or to tell, why a copy ends
 
 Read = Callable[[int, int], Awaitable[Buf]]
 """Returns `size_b` bytes from `offset_b` on; several calls may be under way at once."""
@@ -71,7 +71,7 @@ async def heeding(conn: Connection) -> AsyncIterator[None]:
         yield
     except ConnectError:
         try:
-            async with asyncio.timeout(_LAST_WORDS_S):
+            async with asyncio.timeout(LAST_WORDS_S):
                 while True:
                     await conn.receive()
         except RemoteError:
@@ -79,6 +79,15 @@ async def heeding(conn: Connection) -> AsyncIterator[None]:
         except (TimeoutError, WalbError):
             pass
         raise
+
+
+async def tell(conn: Connection, error: WalbError) -> None:
+    """Tell the peer why a copy ends here, if it still listens; a lost connection would do as well."""
+    try:
+        async with asyncio.timeout(LAST_WORDS_S):
+            await conn.send_error(error)
+    except TimeoutError:
+        pass
 
 
 class LiveSender:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 from walbd.daemon.conn import Connection, with_filler
-from walbd.daemon.copying import ImageSource, LiveSender, Tick, nothing
+from walbd.daemon.copying import LAST_WORDS_S, ImageSource, LiveSender, Tick, nothing
 from walbd.daemon.env import Pool, Pools
 from walbd.daemon.flow import ahead, in_order
 from walbd.daemon.pipeline import Pipeline, SyncTimer
@@ -47,8 +47,6 @@ RECORD_B: Final = 256 * KIB  # of adjacent bulks that differ, put into one recor
 PACK_B: Final = 4 * MIB  # raw data from which on a pack is sent
 PACK_SPAN_B: Final = 256 * MIB  # of the image, after which a pack is sent, however small
 WIRE: Final = CompressOpt(Compression.LZ4)
-
-_LAST_WORDS_S: Final = 2.0  # to wait for a peer's reason after the connection failed
 
 T = TypeVar("T")
 
@@ -408,7 +406,7 @@ async def _beside(work: Coroutine[Any, Any, None], *, heed: bool) -> AsyncIterat
                 yield tasks
             except ConnectError:
                 if heed:
-                    await asyncio.wait({beside}, timeout=_LAST_WORDS_S)
+                    await asyncio.wait({beside}, timeout=LAST_WORDS_S)
                 raise
     except BaseExceptionGroup as group:
         errors = group.exceptions

@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, Final, TypeVar
 
 from walbd.daemon.conn import Connection
-from walbd.daemon.copying import Tick, nothing
+from walbd.daemon.copying import LAST_WORDS_S, Tick, nothing
 from walbd.daemon.env import Pool, Pools
 from walbd.daemon.flow import cancel_all
 from walbd.errors import ConnectError, CorruptData, TimedOut
@@ -20,7 +20,6 @@ from walbd.units import MIB
 
 _CHUNK_B: Final = 1 * MIB  # packs are gathered up to this before they are sent
 _FOREVER_S: Final = 365 * 86400.0
-_LAST_WORDS_S: Final = 2.0  # to wait for a peer's reason after the connection failed
 
 T = TypeVar("T")
 
@@ -66,7 +65,7 @@ async def until_ok(conn: Connection, sending: Coroutine[Any, Any, T]) -> T:
             answer.result()
             raise conn.unexpected(Ok())
         if isinstance(work.exception(), ConnectError | TimedOut):
-            await asyncio.wait({answer}, timeout=_LAST_WORDS_S)
+            await asyncio.wait({answer}, timeout=LAST_WORDS_S)
             if answer.done():
                 answer.result()  # why the receiver hung up, if it said so
         result = work.result()
