@@ -14,14 +14,14 @@ again. Nothing waits for the source under a lock, only within a step.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Final
 
 import msgspec
 import structlog
 
-from walbd.archive.diffs import remove_all_diffs, remove_diffs
+from walbd.archive.diffs import remove_all_diffs
 from walbd.archive.gaps import HASH_BACKUP, HASH_REPLICATION, gaps_after
 from walbd.archive.image_receiver import ImageReceiver
 from walbd.archive.image_sink import ImageSink
@@ -31,19 +31,18 @@ from walbd.archive.receive import WdiffSink, grow, look_for_room, take_stream
 from walbd.archive.record import FullProgress
 from walbd.archive.recover import remove_copies
 from walbd.archive.slots import Slots
-from walbd.archive.states import ADDING, APPLY, MERGE, SCAN, Command, State
+from walbd.archive.states import ADDING, APPLY, SCAN, Command, State
 from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Place, Volume, check_room
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
 from walbd.daemon.hash_sync import receive_differences
-from walbd.daemon.logs import error_fields
 from walbd.daemon.pipeline import SyncTimer
 from walbd.daemon.server import Handler
 from walbd.daemon.states import Step
 from walbd.daemon.tasks import uninterrupted
-from walbd.errors import BadState, Busy, NotFound, Refused, RemoteProtocolError, UsageError, WalbError
-from walbd.format.meta import BaseState, Diff, NotApplicable, Relation, relation, trim
+from walbd.errors import BadState, Busy, NotFound, Refused, RemoteProtocolError, UsageError
+from walbd.format.meta import BaseState, Diff, NotApplicable, trim
 from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.protocol.base import Kind, Ok
@@ -418,15 +417,10 @@ class _Reception:
                 diff=str(diff),
                 latest=str(latest),
             )
-        where = relation(latest, diff)
-        if where is not Relation.APPLICABLE:
-            raise NotApplicable(
-                "the diff does not continue what the destination has",
-                diff=str(diff),
-                latest=str(latest),
-                relation=str(where),
-            )
-        return trim(diff, latest)
+        label = trim(diff, latest)
+        if label.begin.gid_b != latest.gid_b:  # it would replace what is here
+            raise NotApplicable("the diff leads backward", diff=str(diff), latest=str(latest))
+        return label
 
     async def _take_diff(self, _request: ReplicateDiff, sink: WdiffSink) -> None:
         await self._conn.send(RoundAnswer(accepted=True))
@@ -452,7 +446,7 @@ class _Reception:
             )
 
     async def _commit_round(self, sink: WdiffSink, diff: Diff, request: ReplicateDiff | ReplicateHash) -> None:
-        """Name the file and register the diff, with the history that it brings; remove what it replaces."""
+        """Name the file and register the diff, with the history that it brings."""
         volume = self._volume
         cause = ""  # of a gap: what the source could not restore, we cannot, either
         if diff.comp:
@@ -461,14 +455,6 @@ class _Reception:
             cause = HASH_BACKUP
         await commit_pending(volume, sink, diff, request.uuid, gaps_after(volume, diff, cause=cause))
         volume.received = volume.place.env.clock.now()
-        if volume.machine.running(APPLY) or volume.machine.running(MERGE):
-            return  # they work with those files; gc-diff, or the next start, removes them
-        async with volume.naming:
-            removed = volume.drop_range(diff.begin.gid_b, diff.end.gid_b)
-            try:
-                await self._pools.run(Pool.RECEIVE, _erase, volume, removed)
-            except WalbError as exc:
-                log.warning("diffs.not_removed", volume=volume.name, diffs=len(removed), **error_fields(exc))
 
 
 def check_base(base: BaseState, size_lb: int, offer: ReplicateOffer) -> None:
@@ -482,10 +468,3 @@ def check_base(base: BaseState, size_lb: int, offer: ReplicateOffer) -> None:
 def _fields(progress: FullProgress) -> dict[str, Any]:
     """Return the fields by name, the time of the base among them."""
     return msgspec.structs.asdict(progress) | {"base": progress.base.describe()}
-
-
-# in threads
-
-
-def _erase(volume: Volume, diffs: Sequence[Diff]) -> None:
-    remove_diffs(volume.place.env.fs, volume.directory, diffs)

@@ -244,11 +244,6 @@ class Volume:
         self._points.clear()
         return self.diffs.erase_before(gid)
 
-    def drop_range(self, gid_begin: int, gid_end: int) -> list[Diff]:
-        """Forget the diffs that a newer one, which covers this range, replaces; their files are to be removed."""
-        self._points.clear()
-        return self.diffs.gc_range(gid_begin, gid_end)
-
     def drop_useless(self) -> list[Diff]:
         """Forget the diffs that lead nowhere; their files are to be removed afterwards."""
         self._points.clear()
