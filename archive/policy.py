@@ -119,6 +119,7 @@ class PolicyRunner:
         self._watches: dict[str, _Watch] = {}
         self._lanes = {Merge: Slots(place.config.policy_max), Apply: Slots(place.config.policy_max)}
         self._acting: dict[str, Action] = {}  # by volume
+        self._draining = False
         self._changed = Signal()
         retry = RetryPolicy(1.0, 1.0)  # failures are counted here, not by the schedulers
         self._local: Scheduler[str] = Scheduler(self._work, workers=_VOLUMES_MAX, retry=retry, name="policy")
@@ -137,6 +138,7 @@ class PolicyRunner:
 
     def drain(self) -> None:
         """Begin nothing more; what runs goes on."""
+        self._draining = True
         self._local.drain()
         self._remote.drain()
 
@@ -312,6 +314,8 @@ class PolicyRunner:
             return Again(self._until_next(watch))
         with self._lanes[type(action)].turn() as turn:
             await turn.comes()
+            if self._draining:
+                return None
             # Whatever happened while it waited: what is done now is chosen now.
             again = self._choose(watch)
             if again is None or type(again) is not type(action) or watch.aside > loop.time():

@@ -160,7 +160,8 @@ class Sender:
 
     async def _offer(self, conn: Connection, volume: Volume, hop: Hop) -> Again | None:
         size_max_b = self._config().wdiff_send_size_max
-        async with volume.select(hop, size_max_b=size_max_b, n_max=self.n_max) as chosen:
+        n_max = 1 if hop.refused else self.n_max  # to ask again and again must not open all that waits
+        async with volume.select(hop, size_max_b=size_max_b, n_max=n_max) as chosen:
             if chosen is None:
                 return None
             offer = WdiffOffer(
@@ -197,6 +198,7 @@ class Sender:
             text = answer.hint or NEEDS_PERSON[verdict]
             return self._flag(hop, f"{verdict}: {text}", None)
         else:
+            hop.refused = True
             raise NotTaken(
                 "the archive does not take the wdiff now",
                 hint=answer.hint or NOT_YET[verdict],

@@ -51,6 +51,7 @@ class Hop:
     others: Others = field(default_factory=dict)  # of other histories, with the same snapshots as one in `diffs`
     needs_person: bool = False  # the error flag: something that does not go away by waiting
     error_text: str = ""  # why the last attempt did not succeed; empty when it did
+    refused: bool = False  # the last offer was not taken: the next one asks with a single wdiff
     last_sent: int = 0  # [unix s], 0: never since the start
     sending: bool = False
 
@@ -60,7 +61,7 @@ class Hop:
 
     def clear_flag(self) -> None:
         """Forget that the last attempt failed."""
-        self.needs_person, self.error_text = False, ""
+        self.needs_person, self.error_text, self.refused = False, "", False
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,6 +279,27 @@ async def test_vanished_wdiff_is_reported_until_the_volume_is_started_again(tmp_
         assert await rig.waiting("a0") == []
 
 
+async def test_an_archive_that_refuses_is_asked_with_one_wdiff(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, proxy(tmp_path, **NEVER) as rig:
+        await rig.begin(a0)
+        a0.refuse_all(Verdict.STOPPED)
+        storage = StorageSide(rig)
+        key = SendKey("vol0", "a0")
+        for i in range(5):
+            await storage.send([write(i)])
+        await rig.until(lambda: bool(rig.server.scheduler.failures(key)))
+        await rig.call(Kick(volume="vol0"))  # asks as if it were for the first time
+        await rig.until(lambda: str(a0.offers[-1].diff) == "|0|-->|5|")
+        await rig.until(lambda: bool(rig.server.scheduler.failures(key)))
+        rig.server.scheduler.hurry(key)
+        await rig.until(lambda: str(a0.offers[-1].diff) == "|0|-->|1|")
+        await rig.until(lambda: bool(rig.server.scheduler.failures(key)))
+        a0.refuse_all(None)
+        rig.server.scheduler.hurry(key)
+        await rig.drained()
+        assert a0.diffs == ["|0|-->|1|", "|1|-->|5|"]
+
+
 async def test_diffs_gather_during_a_backup_and_are_all_delivered_afterwards(tmp_path: Path) -> None:
     async with FakeArchive() as a0, proxy(tmp_path) as rig:
         await rig.begin(a0)

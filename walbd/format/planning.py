@@ -220,7 +220,8 @@ def look_at_everything(facts: Facts) -> Iterator[Action]:
     nodes = list(_nodes(diffs, base.begin))
     if not nodes:
         return
-    verdicts = verdicts_of(facts)
+    points = diffs.restorable(base, all_points=True)
+    verdicts = verdicts_on(points, facts, with_until=False)
     kept = {verdict.gid: verdict.kept for verdict in verdicts}
     retired = {verdict.gid for verdict in verdicts if "no rule" in verdict.rules}
     yield from _applies(facts, nodes, kept, retired)
@@ -268,15 +269,18 @@ def _segments(run: Sequence[_Node], marks: Sequence[int], *, closed: bool) -> It
         yield run
 
 
-def verdicts_of(facts: Facts) -> list[Verdict]:
-    """Return the verdict on each restore point."""
-    return verdicts_on(facts.diffs.restorable(facts.base, all_points=True), facts)
-
-
-def verdicts_on(points: Sequence[RestorePoint], facts: Facts) -> list[Verdict]:
+def verdicts_on(points: Sequence[RestorePoint], facts: Facts, *, with_until: bool = True) -> list[Verdict]:
     """Return the verdict on each of `points`, which are all restore points; the diffs are not looked at."""
     base_gid = facts.base.begin.gid_b if facts.base.begin.is_clean and not facts.base.is_applying else None
-    return explain(points, facts.holds, facts.replicas, facts.policy, facts.now, base_gid=base_gid)
+    return explain(
+        points,
+        facts.holds,
+        facts.replicas,
+        facts.policy,
+        facts.now,
+        base_gid=base_gid,
+        with_until=with_until,
+    )
 
 
 def _applies(

@@ -128,12 +128,13 @@ def explain(
     now: int,
     *,
     base_gid: int | None = None,
+    with_until: bool = True,
 ) -> list[Verdict]:
     """Say of each of `points` (ascending by gid) whether it stays, by which rules, and until when at least.
 
     The newest point, held ones, those where a replica stands and future-dated ones always stay. `base_gid`: the
     point that the base image is; levels do not drop it, as it cannot be merged away. Points that a policy which
-    is not enabled would drop are kept.
+    is not enabled would drop are kept. Without `with_until` it is quicker, and nothing is said of ends.
     """
     if not points:
         return []
@@ -146,14 +147,15 @@ def explain(
         if not thinned[i] and point.timestamp <= reference and not _is_held(because.get(point.gid))
     ]
     rules = grid_rules(left, policy.keep, reference)
-    ends = _ends(left, points, policy, reference)
+    ends = _ends(left, points, policy, reference) if with_until else {}
+    keeps_everything = policy.keep.is_everything
     held_until = {hold.gid: hold.until for hold in holds if is_holding(hold, reference)}
     verdicts = []
     for i, point in enumerate(points):
         why = because.get(point.gid, [])
         level = thinned[i]
         rule = rules.get(point.gid)
-        by_grid = level is None and (rule is not None or policy.keep.is_everything)
+        by_grid = level is None and (rule is not None or keeps_everything)
         kept = bool(why) or by_grid
         words = list(why)
         if by_grid:
