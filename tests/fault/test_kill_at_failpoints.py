@@ -234,7 +234,7 @@ def drive(process: Process, work: Callable[[], None]) -> tuple[bool, bool]:
     deadline = time.monotonic() + WAIT_S
     while thread.is_alive() and process.running and time.monotonic() < deadline:
         thread.join(0.01)
-    if errors:  # the lost connection may be seen before the death
+    if not thread.is_alive():  # a lost connection, or the end of the work, may be seen before the death
         deadline = time.monotonic() + 5
         while process.running and time.monotonic() < deadline:
             time.sleep(0.01)
