@@ -10,7 +10,7 @@ from walbd.daemon.config import LIVE, Count, DaemonConfig, Size
 from walbd.errors import ConfigError, UsageError
 from walbd.format.compress import CompressOpt
 from walbd.format.policy import DAY_S, DEFAULT_KEEP, DEFAULT_LEVELS, Grid, parse_levels
-from walbd.units import GIB, LB, MIB
+from walbd.units import LB, MIB
 
 
 class ArchiveConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,7 +18,7 @@ class ArchiveConfig(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fiel
 
     fsync_interval_b: Annotated[
         Size, Meta(description="sync a long copy each time so much was written", extra=LIVE)
-    ] = GIB
+    ] = 256 * MIB
     fsync_interval_s: Annotated[
         int, Meta(ge=1, le=3600, description="and at the latest after so long", extra=LIVE)
     ] = 10

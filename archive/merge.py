@@ -29,6 +29,7 @@ from walbd.daemon.tasks import uninterrupted
 from walbd.errors import AlreadyExists, Refused, UsageError, WalbError
 from walbd.format.compress import CompressOpt
 from walbd.format.meta import Diff, NotMergeable, can_merge_all, diff_name, merge_all
+from walbd.format.retention import is_holding, reference_time
 from walbd.format.wdiff_merge import merge, verify
 from walbd.format.wdiff_read import WdiffReader, open_wdiff
 from walbd.fs import TempFile, failpoints
@@ -107,9 +108,9 @@ def check_merge(volume: Volume, diffs: Sequence[Diff]) -> Diff:
 
 def protected(volume: Volume) -> Iterator[tuple[int, str]]:
     """Yield the generations that no merge may swallow, each with the reason: holds, and where replicas stand."""
-    now = volume.place.env.clock.now()
+    reference = reference_time(volume.latest.timestamp, volume.place.env.clock.now())
     for hold in volume.record.holds:
-        if not hold.until or hold.until > now:
+        if is_holding(hold, reference):
             yield hold.gid, f"hold: {hold.reason}"
     for replica in volume.record.replicas:
         yield replica.gid, f"replica at {replica.node}"

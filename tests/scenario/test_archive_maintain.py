@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit.feeder import NOW, ArchiveRig, Feed
+from tests.kit.feeder import NOW, ArchiveRig, FakeClock, Feed
 from tests.kit.gate import gated
 from walbd.archive import opening
 from walbd.archive.merge import plan_merge, run_merge
@@ -136,7 +136,14 @@ async def test_held_snapshots_and_replicas_are_never_merged_away(feed: Feed) -> 
     await feed.rig.done(m.Merge(volume=VOL, gid_b=1, gid_e=99))  # from it on
     await feed.rig.done(m.Merge(volume=VOL, gid_b=3, gid_e=5))  # and up to it
     assert wdiffs(feed) == ["|0|-->|1|", "|1|-->|3|", "|3|-->|5|", "|5|-->|6|"]
-    await volume_of(feed).save(holds=(m.Hold(gid=1, reason="audit", created=0, until=NOW),), replicas=())
+    newest = volume_of(feed).latest.timestamp
+    ahead = m.Hold(gid=1, reason="audit", created=0, until=newest + 1)
+    await volume_of(feed).save(holds=(ahead,), replicas=())
+    clock = feed.rig.env.clock
+    assert isinstance(clock, FakeClock)
+    clock.time_s = newest + 1000  # a clock that is ahead of the snapshots ends no hold
+    assert (await refused(feed, m.Merge(volume=VOL, gid_b=0, gid_e=3))).remote_code == "refused"
+    await volume_of(feed).save(holds=(m.Hold(gid=1, reason="audit", created=0, until=newest),))
     await feed.rig.done(m.Merge(volume=VOL, gid_b=0, gid_e=3))  # the hold has ended
     assert await feed.check() == [0, 3, 5, 6]
 
