@@ -101,7 +101,10 @@ def test_a_target_whose_diffs_still_come_is_refused(ready: FakeGroup) -> None:
     ready.frozen = True
     with pytest.raises(BadState, match="misses nothing"):
         ready.ctl.hash_backup(ready.s[0], "vol0")
-    ready.volume("p0").waiting["a0"] = []
+    ready.volume("p0").waiting = {"": [4, 9]}  # received just now
+    with pytest.raises(BadState, match="misses nothing"):
+        ready.ctl.hash_backup(ready.s[0], "vol0")
+    ready.volume("p0").waiting = {}
     ready.kill("p0")  # it may have what is missing
     with pytest.raises(ConnectError):
         ready.ctl.hash_backup(ready.s[0], "vol0")

@@ -71,18 +71,25 @@ def _seen(s: Server, reply: StatusReply | WalbError, jobs: JobList | WalbError |
 
 
 def _unsent(ctl: Controller, proxies: list[Seen], vol: str) -> dict[UnsentKey, tuple[Diff, ...]]:
-    """List the diffs that wait at proxies. One that cannot be listed now is as if its proxy did not answer."""
-    keys: list[UnsentKey] = []
-    calls: list[tuple[Server, Any]] = []
+    """List the diffs that wait at proxies. One that cannot be listed now is as if its proxy did not answer.
+
+    Diffs go from what was received to the archives: so that is listed before these, and none is missed between.
+    """
+    received: list[tuple[Server, str, str]] = []
+    waiting: list[tuple[Server, str, str]] = []
     for seen in proxies:
         for v in seen.status.volumes if seen.status is not None else []:
             if (vol and v.volume != vol) or not v.diffs:
                 continue
-            for archive in ("", *(hop.dest for hop in v.hops)):
-                keys.append((seen.server.name, v.volume, archive))
-                calls.append((seen.server, GetProxyDiff(volume=v.volume, archive=archive)))
-    replies = _ask_some(ctl, calls)
-    return {key: tuple(reply.diffs) for key, reply in zip(keys, replies, strict=True) if isinstance(reply, Diffs)}
+            received.append((seen.server, v.volume, ""))
+            waiting += [(seen.server, v.volume, hop.dest) for hop in v.hops]
+    found: dict[UnsentKey, tuple[Diff, ...]] = {}
+    for keys in (received, waiting):
+        calls = [(s, GetProxyDiff(volume=name, archive=archive)) for s, name, archive in keys]
+        for (s, name, archive), reply in zip(keys, _ask_some(ctl, calls), strict=True):
+            if isinstance(reply, Diffs):
+                found[s.name, name, archive] = tuple(reply.diffs)
+    return found
 
 
 def _policies(ctl: Controller, archives: list[Seen], vol: str) -> dict[tuple[str, str], PolicyView]:
