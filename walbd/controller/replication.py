@@ -13,13 +13,14 @@ from walbd.controller.data import SyncOpt
 from walbd.controller.queries import require_state
 from walbd.controller.servers import Server, verify_server_kind
 from walbd.controller.verify import verify_timeout, verify_type, verify_u64
-from walbd.errors import BadState, NotFound, Refused, UsageError, WalbError
+from walbd.errors import BadState, NotFound, Refused, TimedOut, UsageError, WalbError
 from walbd.ids import node_name
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
 from walbd.units import parse_size
 
 _MERGE_MIN_B: Final = 1 << 20
+_HANGS_S: Final = 300.0  # a proxy that was told to deliver everything, and has not delivered anything for so long
 
 
 class Replication(Archives):
@@ -135,7 +136,7 @@ class Replication(Archives):
         """
         verify_type(synchronizing, bool)
         if synchronizing:
-            self._verify_feeding(aSrc, vol)
+            self._verify_feeding(aSrc, vol, but=aDst)
         gid = self.replicate_once(aSrc, vol, aDst, timeoutS, doResync, dontMerge, syncOpt)
         if synchronizing:
             self.synchronize(aSrc, vol, aDst, timeoutS, syncOpt)
@@ -153,7 +154,9 @@ class Replication(Archives):
 
         The proxies first deliver everything and stop, the rest is replicated from aSrc, then they go on, feeding
         both; meanwhile the log waits at the storages. aDst is best replicated shortly before, as `replicate`
-        does. aSrc must be fed by every proxy that feeds any archive.
+        does. aSrc must be fed by every proxy that feeds any archive, and all archives that are fed must be
+        active: the proxies could not deliver everything else. A proxy that delivers nothing for five minutes is
+        not waited for any longer.
 
         When something fails, proxies that were started are started again, and aDst is removed where it was added.
         """
@@ -167,7 +170,7 @@ class Replication(Archives):
                 self.stop_nbk(px, vol, "empty")
             for px in self.sLayout.proxyL:
                 if px in change.active:
-                    self.wait_for_stopped(px, vol, timeoutS=timeoutS)
+                    self._wait_for_emptied(px, vol, timeoutS)
                 known = aDst.name in self.get_archive_info_list(px, vol)
                 if not known:
                     change.added.append(px)
@@ -266,12 +269,15 @@ class Replication(Archives):
         self.ask(ax, c.Resize(volume=vol, size_b=size_lb * Lbs))
         self._wait_for_no_action(ax, vol, k.aaResize, SHORT_TIMEOUT_SEC)
 
-    def _verify_feeding(self, aSrc: Server, vol: str) -> list[Server]:
-        """Return the proxies that are active; raises unless all answer, and feed aSrc if they feed any archive."""
+    def _verify_feeding(self, aSrc: Server, vol: str, *, but: Server | None = None) -> list[Server]:
+        """Return the proxies that are active; raises unless all answer, and feed aSrc if they feed any archive,
+        and all archives that are fed (`but` one that will be replicated to first) can take what they get.
+        """
         self.sLayout.verify(0, 1, 0)
         states = self._states(self.sLayout.proxyL, vol)
         for px, state in states.items():
             require_state(px, vol, state, [k.pClear, k.pStopped, *k.pActive])
+        fed: set[str] = set()
         for px, names in self.ask_all(self.sLayout.proxyL, c.ListArchiveInfo(volume=vol)).items():
             if names.names and aSrc.name not in names.names:
                 raise BadState(
@@ -282,7 +288,37 @@ class Replication(Archives):
                     source=aSrc.name,
                     feeds=", ".join(names.names),
                 )
+            fed |= set(names.names)
+        archives = [ax for ax in self.sLayout.archiveL if ax.name in fed and ax != but]
+        for ax, state in self._states(archives, vol).items():
+            hint = f"it takes no diffs, so proxies cannot end; or: walbc stop-synchronizing {ax.name} {vol}"
+            require_state(ax, vol, state, k.aActive, hint)
         return [px for px, state in states.items() if state in k.pActive]
+
+    def _wait_for_emptied(self, px: Server, vol: str, timeoutS: float) -> None:
+        """Wait until a proxy that was told to stop empty has stopped. While it waits, the logs of the storages
+        fill: so it may not hang, as it does when an archive dies.
+        """
+        began, before = self.calls.now(), None
+        job = self._stops.get((px.name, vol))
+        while True:
+            left_s = timeoutS - (self.calls.now() - began)
+            try:
+                self.wait_for_stopped(px, vol, timeoutS=min(_HANGS_S, left_s))
+                return
+            except TimedOut as exc:
+                (row,) = self.ask(px, c.GetStatus(volume=vol)).volumes
+                if left_s <= _HANGS_S or (row.diffs, row.diffs_b) == before:
+                    raise TimedOut(
+                        "a proxy does not deliver what it holds",
+                        hint=f"see which archive does not take it: walbc status {vol}",
+                        server=px.name,
+                        volume=vol,
+                        waiting_diffs=row.diffs,
+                    ) from exc
+                before = (row.diffs, row.diffs_b)
+                if job is not None:
+                    self._stops[px.name, vol] = job
 
     def _head(self, ax: Server, vol: str) -> int:
         """Return the last generation that the base and the diffs from there reach."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.kit.fake_group import NOW, FakeGroup, FakeVolume
-from walbd.controller import CMPR_LZ4, CompressOpt, SyncOpt
-from walbd.errors import BadState, ConnectError, NotFound, Refused, UsageError
+from walbd.controller import CMPR_LZ4, CompressOpt, SyncOpt, replication
+from walbd.errors import BadState, ConnectError, NotFound, Refused, TimedOut, UsageError
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
 
@@ -200,6 +202,37 @@ def test_synchronize_when_a_proxy_cannot_send_everything(copied: FakeGroup) -> N
     assert [ctl.get_state(p, "vol0") for p in copied.p] == ["Started", "Started"]
     assert copied.volume("p1").waiting["a0"] == [9]
     assert not ctl.is_synchronizing(a1, "vol0")
+
+
+def test_synchronize_waits_for_nothing_that_cannot_come(
+    copied: FakeGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the proxies deliver everything, logs fill: an archive that takes nothing must not hold that up."""
+    ctl, (a0, a1) = copied.ctl, copied.a
+    ctl.synchronize(a0, "vol0", a1)
+    copied.requests.clear()
+    copied.volume("a1").state = "Stopped"
+    with pytest.raises(BadState) as caught:
+        ctl._verify_feeding(a0, "vol0")
+    assert "walbc stop-synchronizing a1 vol0" in caught.value.hint
+    with pytest.raises(BadState):
+        ctl.synchronize(a0, "vol0", a1)
+    assert copied.changes() == []
+    copied.volume("a1").state = "Archived"
+    monkeypatch.setattr(replication, "_HANGS_S", 0.1)
+    copied.hold("stop")
+    undo = ctl._undo_synchronize
+
+    def release_and_undo(*args: Any) -> None:
+        copied.release_all()
+        undo(*args)
+
+    monkeypatch.setattr(ctl, "_undo_synchronize", release_and_undo)
+    with pytest.raises(TimedOut) as late:
+        ctl.synchronize(a0, "vol0", a1)
+    assert "walbc status vol0" in late.value.hint
+    assert [ctl.get_state(p, "vol0") for p in copied.p] == ["Started", "Started"]
+    assert ctl.get_archive_info_list(copied.p[0], "vol0") == ["a0", "a1"]
 
 
 def test_synchronize_when_a_proxy_dies_meanwhile(copied: FakeGroup, capsys: pytest.CaptureFixture[str]) -> None:
