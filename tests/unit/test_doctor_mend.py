@@ -10,7 +10,7 @@ import click
 import pytest
 
 from walbd.cli import walbc_doctor
-from walbd.controller.doctor import Allowed, Consent, Doctor, Finding, Outcome, Step
+from walbd.controller.doctor import Allowed, Consent, Doctor, Finding, Observation, Outcome, Step
 from walbd.controller.doctor.findings import finding
 from walbd.controller.doctor.steps import Ref
 from walbd.controller.layout import parse_layout
@@ -45,10 +45,14 @@ PROMOTE = finding(
 
 
 class Calls:
-    """The clock."""
+    """The clock; each step takes `step_s`."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+        self.step_s = 0.0
 
     def now(self) -> float:
-        return 0.0
+        return self.time_s
 
 
 class Ctl:
@@ -65,6 +69,7 @@ class Ctl:
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> None:
+            self.calls.time_s += self.calls.step_s
             self.called.append(f"{name} {' '.join(str(getattr(arg, 'name', arg)) for arg in args)}")
             if self.failing.get(name, 0):
                 self.failing[name] -= 1
@@ -81,6 +86,7 @@ class Scripted(Doctor):
         self.looks = list(looks)
 
     def look(self) -> list[Finding]:
+        self.observation = Observation(group=GROUP, seen={}, taken_s=self.ctl.calls.now())
         return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
 
 
@@ -149,6 +155,32 @@ def test_a_person_is_asked_once_for_what_is_not_allowed() -> None:
     fix(ctl, [CLEAR, BACKUP], [CLEAR, BACKUP], [CLEAR], allowed=Allowed(), ask=ask)
     assert asked == [["archive-broken", "gap"]]
     assert ctl.called[:2] == ["stop s0 vol0", "hash_backup s0 vol0"]
+
+
+def test_nothing_rests_on_what_was_seen_long_ago() -> None:
+    """After a step that took long, and after a question that was not answered at once, it looks again."""
+    other = finding(
+        "gap", "y", server="a0", volume="vol1", steps=(Step("stop", (Ref("s0"), "vol1")),)
+    )  # fmt: skip
+    ctl = Ctl()
+    fix(ctl, [BACKUP, other], [])
+    assert ctl.called == ["stop s0 vol0", "hash_backup s0 vol0", "stop s0 vol1"]
+    ctl = Ctl()
+    ctl.calls.step_s = 3600
+    outcome, _ = fix(ctl, [BACKUP, other], [])
+    assert ctl.called == ["stop s0 vol0", "hash_backup s0 vol0"]  # vol1 is well by then
+    assert outcome.is_well
+
+    def ask(found: Any) -> Allowed:
+        ctl.calls.time_s += 3600
+        return Allowed(yes=True)
+
+    ctl = Ctl()
+    fix(ctl, [BACKUP], [], allowed=Allowed(), ask=ask)
+    assert ctl.called == []
+    ctl = Ctl()
+    fix(ctl, [BACKUP], [BACKUP], [], allowed=Allowed(), ask=ask)
+    assert ctl.called == ["stop s0 vol0", "hash_backup s0 vol0"]
 
 
 def test_a_step_that_fails_ends_its_finding_and_is_tried_twice() -> None:

@@ -27,7 +27,8 @@ from walbd.controller.servers import Server, get_server
 from walbd.errors import NotFound, WalbError
 
 PAUSE_S: Final = 2.0  # between two looks
-PASSES_MAX: Final = 20
+STALE_S: Final = 30.0  # what was seen longer ago is looked at again before anything rests on it
+PASSES_MAX: Final = 200
 TRIES_MAX: Final = 2  # of one finding
 _PAST: Final = ("job-failed", "put-aside")
 VERIFY_S: Final = 600.0  # until a fresh snapshot can be restored
@@ -149,6 +150,9 @@ class Doctor:
                 asked |= {f.key for f in unasked}
                 more = ask(unasked)
                 allowed = Allowed(allowed.yes or more.yes, allowed.lose | more.lose)
+                if self._is_stale():  # an answer may take a person an hour
+                    outcome.left = self.look()
+                    continue
             able = [f for f in able if allowed.covers(f)]
             if not able:
                 break
@@ -161,6 +165,9 @@ class Doctor:
 
     # Inner parts
 
+    def _is_stale(self) -> bool:
+        return self.observation is not None and self.ctl.calls.now() - self.observation.taken_s > STALE_S
+
     def _diagnose(self, o: Observation) -> list[Finding]:
         return diagnose(o, self.vol, intents=self.intents, lost=self.lost)
 
@@ -172,7 +179,9 @@ class Doctor:
         tell: Callable[[str], None],
     ) -> None:
         done: set[Step] = set()
-        for f in batch:
+        for i, f in enumerate(batch):
+            if i and self._is_stale():
+                return  # the one before took long: look first
             tries[f.key] = tries.get(f.key, 0) + 1
             for step in f.steps:
                 if step in done:
