@@ -434,3 +434,91 @@ def test_replace_storage(tmp_path: Path) -> None:
         volume.legs.reverse()
         assert group.ctl.get_state(group.s[1], "vol0") == "Target"
         group.mend(volume)
+
+
+def test_replace_an_archive_that_a_cut_off_run_left_fed_and_behind(tmp_path: Path) -> None:
+    """It is not taken for done: the old archive may have been the only one that has what the new one lacks."""
+    with Doctored(tmp_path) as group:
+        volume = group.protect()
+        new = group.add_server(2)
+        group.ctl.replicate(group.a[0], "vol0", new, False, WAIT_S)
+        volume.scribble()
+        group.snapshot(volume)
+        volume.scribble()
+        group.snapshot(volume)
+        group.wait_fresh(volume)
+        group.ctl.add_archive_to_proxy(group.p[0], "vol0", new)
+        volume.scribble()
+        group.snapshot(volume)
+        code, text = group.walbc(
+            "replace-archive", "a0", f"{new.name}={new.get_host_port()}", "--yes", "--write", "--clear"
+        )
+        assert code == 0, text
+        assert "[ ] walbc replicate vol0 a1" in text
+        group.ctl.set_server_layout(group.group.servers)
+        group.mend(volume, archives=[1])
+
+
+@pytest.mark.parametrize("new", ["a1", "a2"], ids=["by the replica", "by a new one"])
+def test_replace_a_primary_archive_that_is_gone(tmp_path: Path, new: str) -> None:
+    with Doctored(tmp_path, archives=2) as group:
+        volume = group.protect(replicas=True)
+        place = new
+        if new == "a2":
+            place = f"a2={group.add_server(2).get_host_port()}"
+        group.kill("a0")
+        volume.scribble()
+        code, text = group.walbc("replace-archive", "a0", place, "--yes", "--write", "--gone")
+        assert code == 0, text
+        group.ctl.set_server_layout(group.group.servers)
+        assert [a.name for a in group.group.servers.archiveL] == (["a1"] if new == "a1" else ["a2", "a1"])
+        group.mend(volume, archives=[1] if new == "a1" else [1, 2])
+
+
+def test_replace_a_secondary_archive_that_is_gone(tmp_path: Path) -> None:
+    with Doctored(tmp_path, archives=2) as group:
+        volume = group.protect(replicas=True)
+        new = group.add_server(2)
+        group.kill("a1")
+        volume.scribble()
+        code, text = group.walbc(
+            "replace-archive", "a1", f"a2={new.get_host_port()}", "--yes", "--write", "--gone"
+        )
+        assert code == 0, text
+        group.ctl.set_server_layout(group.group.servers)
+        group.mend(volume, archives=[0, 2])
+
+
+def test_replace_a_storage_that_is_gone(tmp_path: Path) -> None:
+    with Doctored(tmp_path, storages=2, archives=2) as group:
+        volume = group.protect(mirror=1, replicas=True)
+        group.kill("s0")
+        code, text = group.walbc("replace-storage", "s0", "s1", "--yes", "--write")
+        assert code == 3, text
+        code, text = group.walbc("replace-storage", "s0", "s1", "--yes", "--write", "--gone")
+        assert code == 0, text
+        assert [s.name for s in group.group.servers.storageL] == ["s1"]
+        group.ctl.set_server_layout(group.group.servers)
+        volume.legs.reverse()
+        group.mend(volume, archives=[0, 1])
+
+
+def test_the_group_file_is_behind_a_promotion(tmp_path: Path) -> None:
+    """Neither mending nor a replacement sends storages back to an archive that has been left behind."""
+    with Doctored(tmp_path, archives=2) as group:
+        volume = group.protect(replicas=True)
+        group.kill("a0")
+        volume.scribble()
+        code, text = group.walbc("doctor", "--fix", "--yes", "--lost", "a0")  # not --write
+        assert code == 6, text
+        group.start("a0")  # it was not lost at all
+        found = group.wait_for_code("wrong-primary")
+        assert [step["python"] for step in found["steps"]] == ["walbc.promote_archive(a1)"]
+        new = group.add_server(1)
+        code, text = group.walbc("replace-proxy", "p0", f"{new.name}={new.get_host_port()}", "--yes")
+        assert code == 5, text
+        assert "wrong-primary" in text
+        text = group.mend(volume, "--write", archives=[0, 1])
+        assert [a.name for a in group.group.servers.archiveL] == ["a1", "a0"]
+        assert "hash-backup" not in text
+        assert "retarget" not in text

@@ -282,6 +282,32 @@ def test_the_group_file_is_behind_a_promotion() -> None:
     assert calls(found["wrong-primary"]) == ["promote_archive(a1)"]
 
 
+def test_a_storage_is_never_told_to_use_an_archive_that_lacks_something() -> None:
+    """So it is after a promotion, or a replacement, that was not written into the group file."""
+    used = {"archive": "127.0.0.1:301"}
+    scene = Scene(group_file(volume='target = "s0"', storages=1)).server("s0", server=used)
+    for p in ("p0", "p1"):
+        (v,) = scene.status[p].volumes
+        scene.part(p, hops=[hop for hop in v.hops if hop.dest == "a1"])
+    scene.part("a0", latest_gid=4)  # it is alive again, with what it had
+    found = {f.code: f for f in scene.look()}
+    assert calls(found["wrong-primary"]) == ["promote_archive(a1)"]
+    scene.part("a1", state="Stopped")  # for the moment nobody has everything
+    found = {f.code: f for f in scene.look()}
+    assert not found["wrong-primary"].steps
+    assert "first in the group file" in found["wrong-primary"].by_hand
+    (v,) = Scene().status["a1"].volumes
+    scene = Scene().server("s0", server=used)
+    for name in ("a1", "p0", "p1", "s0"):
+        (v,) = scene.status[name].volumes
+        scene.server(name, volumes=[v, msgspec.structs.replace(v, volume="vol1")])
+    found = {f.code: f for f in scene.look()}  # a0 has vol0 and lacks vol1
+    assert calls(found["wrong-primary"]) == ["promote_archive(a1)"]
+    unknown = Scene().server("s0", server={"archive": "new:1"}).dead("a0")
+    found = {f.code: f for f in unknown.look()}
+    assert not found["wrong-primary"].steps
+
+
 def test_two_ways_to_write_one_address_are_one() -> None:
     scene = Scene().server("s0", server={"archive": "archive.example:300"})
     o = scene.observe()
@@ -520,6 +546,19 @@ def test_another_target_than_the_group_file_names() -> None:
     assert scene.codes() == ["other-target", "secondary-data-lost"]
 
 
+def test_a_former_target_is_not_taken_for_the_target() -> None:
+    """s1 took over and was stopped, the group file still names s0: its log is not thrown away, s0 not copied."""
+    scene = Scene().part("s0", state="Standby", uuid=OTHER_UUID).part("s1", state="Stopped")
+    found = {f.code: f for f in scene.look()}
+    assert sorted(found) == ["other-target", "storage-stopped"]
+    assert calls(found["storage-stopped"]) == ["start(s1, 'vol0')"]
+    assert not found["other-target"].steps
+    unsaid = Scene(group_file(volume="")).dead("s0").part("s1", state="Stopped", uuid=OTHER_UUID)
+    assert "storage-stopped" not in unsaid.codes()  # s0 may be target
+    unsaid.part("s1", uuid=UUID)
+    assert "storage-stopped" in unsaid.codes()
+
+
 def test_a_volume_that_only_archives_know_was_given_up() -> None:
     scene = Scene(group_file(storages=1, volume="")).forget("s0", "p0", "p1")
     assert scene.look() == []
@@ -618,6 +657,9 @@ def test_broken_files_are_destroyed_only_when_another_copy_is_good() -> None:
     finding = next(f for f in Scene().part("a0", state="Broken", error="x").look() if f.code == "archive-broken")
     assert finding.consent is Consent.YES
     assert finding.evidence["other_copies"] == ["a1"]
+    unproved = Scene().part("a0", state="Broken", error="x").dead("s0")  # a1 may be far behind
+    finding = next(f for f in unproved.look() if f.code == "archive-broken")
+    assert finding.consent is Consent.LOSE
     alone = Scene(group_file(archives=1)).part("a0", state="Broken", error="x")
     finding = next(f for f in alone.look() if f.code == "archive-broken")
     assert finding.consent is Consent.LOSE

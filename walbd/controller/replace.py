@@ -73,6 +73,7 @@ class Replacement:
         self.o = self._look()
         self.cases = {vol: Case(self.o, vol, infer_intent(self.o, vol)) for vol in volumes(self.o, "")}
         self._verify_alive()
+        self._verify_primary()
         self.moves = self._moves()
 
     def plan(self) -> list[Planned]:
@@ -143,6 +144,35 @@ class Replacement:
             if away == [self.old.name]:
                 hint = f"start it; if it is lost for good, say --gone (walbc doctor --lost, for data of {away[0]})"
             raise ConnectError("servers that are needed do not answer", hint=hint, servers=", ".join(away))
+
+    def _verify_primary(self) -> None:
+        """The storages and the group file must agree, or the storages would be told of an archive that they have
+        left.
+        """
+        known = [self.before.servers.get_primary_archive(), self.after.servers.get_primary_archive()]
+        for sx in self.working.servers.storageL:
+            status = self.o.seen[sx.name].status
+            used = str(status.server.get("archive", "")) if status is not None else ""
+            if used and not any(self.o.same_address(used, ax.get_host_port()) for ax in known):
+                raise BadState(
+                    "a storage uses another primary archive than the group file names",
+                    hint="see wrong-primary in `walbc doctor`",
+                    storage=sx.name,
+                    archive=used,
+                    group_file=known[0].name,
+                )
+
+    def _is_fed_whole(self, archive: str, vol: str, goal: int = 0) -> bool:
+        """Tell whether all proxies send to an archive, and nothing is missing on the way to it.
+
+        Whoever was cut off may have left it fed, and behind: then what it lacks would never come. `goal`: what it
+        must have at least where no storage can tell.
+        """
+        if len(self._feeders(archive, vol)) != len(self.ctl.sLayout.proxyL):
+            return False
+        o = observe(self.ctl, self.working, vol)
+        case = Case(o, vol, infer_intent(o, vol))
+        return case.is_good_copy(archive) and (case.chain(archive).is_whole or case.chain(archive).head >= goal)
 
     def _state(self, s: Server, vol: str) -> str:
         return self.ctl.get_state(s, vol)
@@ -306,7 +336,7 @@ class StorageReplacement(Replacement):
         source, dest = case.o.seen[case.primary].server, case.o.seen[name].server
         return Move(
             f"walbc replicate {vol} {name} --from {source.name} --sync",
-            lambda: len(self._feeders(name, vol)) == len(self.ctl.sLayout.proxyL),
+            lambda: self._is_fed_whole(name, vol),
             lambda: self.ctl.replicate(source, vol, dest, True),
         )
 
@@ -408,11 +438,13 @@ class ArchiveReplacement(Replacement):
 
     def _moves(self) -> list[Move]:
         mine = {vol: case for vol, case in self.cases.items() if self._is_mine(case)}
-        moves = []
+        moves, copies = [], dict[str, Move]()
         for vol, case in mine.items():
             if self.gone:
                 moves.append(self._stop_feeding(vol))
-            moves.append(self._copy(vol, case))
+            if not (self.gone and case.is_good_copy(self.new.name)):  # a replica that has everything takes over
+                copies[vol] = self._copy(vol, case)
+                moves.append(copies[vol])
         if self.is_primary:
             moves += [self._retarget(sx) for sx in self.after.servers.storageL]
         if not self.gone:
@@ -422,12 +454,23 @@ class ArchiveReplacement(Replacement):
                 Move(
                     f"walbc clear {self.old.name} {vol} --yes",
                     lambda vol=vol: self._state(self.old, vol) == k.aClear,  # type: ignore[misc]
-                    lambda vol=vol: self.ctl.clear(self.old, vol),  # type: ignore[misc]
+                    lambda vol=vol: self._clear(vol, copies[vol]),  # type: ignore[misc]
                     "its restore points that the new one does not have are gone",
                 )
                 for vol in mine
             ]
         return [*moves, *self._shutdown()]
+
+    def _clear(self, vol: str, copy: Move) -> None:
+        """Remove the data of the old one, unless the new one has turned out to lack something."""
+        if not copy.done():
+            raise BadState(
+                "the new archive does not have everything; nothing is removed",
+                hint=f"walbc doctor {vol}; then run it again",
+                archive=self.new.name,
+                volume=vol,
+            )
+        self.ctl.clear(self.old, vol)
 
     def _is_mine(self, case: Case) -> bool:
         if case.holds(self.old.name) or case.feeders(self.old.name):
@@ -445,7 +488,7 @@ class ArchiveReplacement(Replacement):
             if self._state(dest, vol) not in k.aActive:
                 return False
             if wanted:
-                return len(self._feeders(dest.name, vol)) == len(self.ctl.sLayout.proxyL)
+                return self._is_fed_whole(dest.name, vol, goal)
             return self._status(dest, vol).latest_gid >= goal
 
         return Move(

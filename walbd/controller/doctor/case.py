@@ -155,6 +155,15 @@ class Case:
     def replicating(self) -> bool:
         return any(v.actions.get(k.aaReplSync) for v in self.archives.values())
 
+    def stopped_targets(self) -> list[str]:
+        """Storages where the volume is Stopped, and whose log is the one that the primary archive continues."""
+        first = self.archives.get(self.primary)
+        return [
+            s
+            for s, v in self.storages.items()
+            if v.state == k.sStopped and first is not None and self.holds(self.primary) and v.uuid == first.uuid
+        ]
+
     # Proxies and archives
 
     def hop(self, proxy: str, archive: str) -> HopStatus | None:
@@ -277,6 +286,8 @@ def infer_intent(o: Observation, vol: str, lost: frozenset[str] = frozenset()) -
     wanted = entry.archives if entry is not None else None
     named = ""
     others = [s for s, v in bare.storages.items() if v.state == k.sTarget and s != target]
+    if target and not others and bare.state_of(target) in (k.sClear, k.sSyncReady, k.sStandby):
+        others = [s for s in bare.stopped_targets() if s != target]
     if target and len(others) == 1 and bare.state_of(target) in (k.sClear, k.sSyncReady, k.sStandby, k.sStopped):
         named, target = target, others[0]
     archives = tuple(a.name for a in wanted) if wanted is not None else _infer_archives(bare)
@@ -297,7 +308,10 @@ def _infer_target(case: Case, devices: Mapping[str, str]) -> str:
     wishes: Sequence[list[str]] = (
         [s for s, v in storages.items() if v.state == k.sTarget],
         [s for s, v in storages.items() if v.state in backups],
-        [s for s, v in storages.items() if v.state == k.sStopped],
+        # while a storage does not answer, that may be the target, and another a former one
+        case.stopped_targets()
+        if case.dead(k.K_STORAGE)
+        else [s for s, v in storages.items() if v.state == k.sStopped],
         [s for s, v in storages.items() if v.state == k.sSyncReady],
         [s for s, v in storages.items() if v.state == k.BROKEN],
         [s for s in devices if s not in storages],

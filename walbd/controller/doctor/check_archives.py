@@ -119,7 +119,7 @@ def _copies(case: Case, but: str) -> list[str]:
 
 def _broken(case: Case, name: str, v: VolumeStatus) -> Finding:
     """Its files may be the only ones: they go only when a person says so, or another copy is good."""
-    good = [a for a in _copies(case, name) if case.is_good_copy(a)]
+    good = [a for a in _copies(case, name) if case.is_good_copy(a) and case.chain(a).is_whole]
     clear = Step("clear", (Ref(name), case.vol), Consent.YES if good else Consent.LOSE)
     return finding(
         "archive-broken",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from statistics import median_low
 from typing import Final
 
 from walbd.controller import constants as k
+from walbd.controller.doctor.case import Case
 from walbd.controller.doctor.findings import Finding, finding
 from walbd.controller.doctor.observation import Observation, Seen
 from walbd.controller.doctor.steps import Consent, Ref, Step
@@ -20,8 +22,8 @@ DISK_SOON_S: Final = 86400
 LOG_WARN: Final = 0.7
 
 
-def check_servers(o: Observation, lost: frozenset[str]) -> list[Finding]:
-    """Judge every server by itself, and the ways between them."""
+def check_servers(o: Observation, lost: frozenset[str], cases: Collection[Case]) -> list[Finding]:
+    """Judge every server by itself, and the ways between them. `cases`: all volumes."""
     found: list[Finding] = []
     proxies = [o.seen[s.name] for s in o.layout.proxyL]
     if proxies and all(seen.status is None for seen in proxies):
@@ -30,7 +32,7 @@ def check_servers(o: Observation, lost: frozenset[str]) -> list[Finding]:
         if seen.status is None:
             found.append(_down(o, seen, lost))
         else:
-            found += _check_one(o, seen.server, seen.status)
+            found += _check_one(o, seen.server, seen.status, cases)
     return [*found, *_versions(o), *_clocks(o)]
 
 
@@ -122,7 +124,7 @@ def _no_proxies(o: Observation, proxies: list[Seen]) -> Finding:
 # Servers that answer
 
 
-def _check_one(o: Observation, s: Server, status: StatusReply) -> list[Finding]:
+def _check_one(o: Observation, s: Server, status: StatusReply, cases: Collection[Case]) -> list[Finding]:
     found = []
     if status.node != s.name:
         found.append(
@@ -140,7 +142,7 @@ def _check_one(o: Observation, s: Server, status: StatusReply) -> list[Finding]:
             found.append(finding("server-error", f"{s.name}: {text}", server=s.name))
     found += _disk(o, s, status)
     if s.kind == k.K_STORAGE:
-        found += [*_check_primary(o, s, status), *_check_proxies(o, s, status)]
+        found += [*_check_primary(o, s, status, cases), *_check_proxies(o, s, status)]
     return found
 
 
@@ -174,7 +176,10 @@ def _disk(o: Observation, s: Server, status: StatusReply) -> list[Finding]:
     ]
 
 
-def _check_primary(o: Observation, s: Server, status: StatusReply) -> list[Finding]:
+def _check_primary(o: Observation, s: Server, status: StatusReply, cases: Collection[Case]) -> list[Finding]:
+    """Which archive a storage uses. Neither the storage nor the group file is changed to name an archive that does
+    not have every volume: then a person must say which is right.
+    """
     named = status.server.get("archive")
     if not isinstance(named, str) or not named or not o.layout.archiveL:
         return []
@@ -184,25 +189,42 @@ def _check_primary(o: Observation, s: Server, status: StatusReply) -> list[Findi
     other = next((a for a in o.layout.archiveL if o.same_address(named, a.get_host_port())), None)
     evidence = {"storage_uses": named, "group_file_says": primary.get_host_port()}
     text = f"{s.name} backs up to {other.name if other else named}, the group file says {primary.name}"
-    seen = o.seen[primary.name]
-    if other is not None and not _holds_any(seen) and _holds_any(o.seen[other.name]):
-        return [
-            finding(
-                "wrong-primary",
-                f"{text}, which is empty",
-                evidence=evidence,
-                server=s.name,
-                steps=(Step("promote_archive", (Ref(other.name),), Consent.YES),),
-                waits_for=(primary.name,) if seen.status is None else (),
-            )
-        ]
-    step = Step("retarget", (Ref(s.name), Ref(primary.name)), Consent.YES)
-    return [finding("wrong-primary", text, server=s.name, evidence=evidence, steps=(step,))]
+    steps: tuple[Step, ...] = ()
+    waits: tuple[str, ...] = ()
+    by_hand = ""
+    if _has_all(primary.name, cases):
+        steps = (Step("retarget", (Ref(s.name), Ref(primary.name)), Consent.YES),)
+    elif other is not None and _has_all(other.name, cases):
+        text += ", which does not have everything"
+        steps = (Step("promote_archive", (Ref(other.name),), Consent.YES),)
+        waits = (primary.name,) if o.seen[primary.name].status is None and not _is_given_up(primary, cases) else ()
+    else:
+        text += ", which does not have everything"
+        by_hand = f"put the archive that {s.name} uses first in the group file, if that is the right one"
+    return [
+        finding(
+            "wrong-primary",
+            text,
+            server=s.name,
+            evidence=evidence,
+            by_hand=by_hand,
+            steps=steps,
+            waits_for=waits,
+        )
+    ]
 
 
-def _holds_any(seen: Seen) -> bool:
-    held = (k.aArchived, k.aStopped, k.atWdiffRecv)
-    return seen.status is not None and any(v.state in held for v in seen.status.volumes)
+def _is_given_up(archive: Server, cases: Collection[Case]) -> bool:
+    return any(archive.name in case.lost for case in cases)
+
+
+def _has_all(archive: str, cases: Collection[Case]) -> bool:
+    """The archive has every volume that is backed up, or that any archive holds."""
+    return all(
+        case.is_good_copy(archive) if case.has_history else case.holds(archive)
+        for case in cases
+        if case.has_history or any(case.holds(a) for a in case.archives)
+    )
 
 
 def _check_proxies(o: Observation, s: Server, status: StatusReply) -> list[Finding]:

@@ -203,7 +203,8 @@ def _other_target(case: Case) -> Finding:
     named, is_it = case.intent.named, case.intent.target
     return finding(
         "other-target",
-        f"{is_it} backs {case.vol} up, the group file names {named}, where it is {case.state_of(named)}",
+        f"{is_it} backs {case.vol} up (it is {case.state_of(is_it)} there), "
+        f"the group file names {named}, where it is {case.state_of(named)}",
         server=is_it,
         volume=case.vol,
         evidence={"target": is_it, "group_file_says": named, "state_there": case.state_of(named)},

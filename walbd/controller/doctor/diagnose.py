@@ -36,7 +36,7 @@ def diagnose(
     cases = {name: _case(o, name, intents or {}, lost) for name in volumes(o, vol)}
     everything = {name: _case(o, name, intents or {}, lost) for name in volumes(o, "")}
     promote_to = _successor(o, everything, lost)
-    found = check_servers(o, lost)
+    found = check_servers(o, lost, everything.values())
     for case in cases.values():
         found += check_storages(case)
         found += check_proxies(case)
