@@ -325,6 +325,32 @@ def test_a_storage_uses_other_proxies() -> None:
     assert "127.0.0.1:299" in found.text
 
 
+def test_a_storage_is_not_told_to_use_a_proxy_that_was_replaced() -> None:
+    """So it is after `replace-proxy` without --write: p0 has ended."""
+    health = [
+        ProxyHealth(address=address, available=True, next_check_s=1)
+        for address in ("127.0.0.1:299", "127.0.0.1:201")
+    ]
+    scene = Scene().server("s0", proxies=health).dead("p0")
+    assert {f.code: f for f in scene.look()}["wrong-proxies"].waits_for == ("p0",)
+    other = {"archive": "elsewhere:1"}  # retargeting names the archive, too
+    scene = Scene().server("s0", proxies=health, server=other)
+    assert not {f.code: f for f in scene.look()}["wrong-proxies"].steps
+
+
+def test_what_an_operator_is_doing_just_now_is_no_finding() -> None:
+    """What commands bring about for a moment must be seen twice."""
+    moments = [
+        Scene().part("p0", state="Stopped"), Scene().part("a0", state="Stopped"), Scene().forget("p0"),
+        Scene().part("s0", state="SyncReady"), Scene().part("s0", state="Stopped"), Scene().forget("a1"),
+        Scene().forget("a0"), Scene().part("p0", hops=Scene().status["p0"].volumes[0].hops[:1]),
+    ]  # fmt: skip
+    for scene in moments:
+        found = diagnose(scene.observe())
+        assert found
+        assert confirmed(found, []) == []
+
+
 def test_a_storage_cannot_reach_a_proxy_that_lives() -> None:
     lost = ProxyHealth(address="127.0.0.1:200", available=False, next_check_s=1, error="no route")
     other = ProxyHealth(address="127.0.0.1:201", available=True, next_check_s=1)

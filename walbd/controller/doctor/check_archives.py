@@ -56,7 +56,13 @@ def _one(case: Case, name: str, v: VolumeStatus) -> list[Finding]:
         text = f"{case.vol} is stopped at {name}: diffs wait at the proxies"
         found.append(
             finding(
-                "archive-stopped", text, server=name, volume=case.vol, evidence=_waiting(case, name), steps=steps
+                "archive-stopped",
+                text,
+                server=name,
+                volume=case.vol,
+                evidence=_waiting(case, name),
+                steps=steps,
+                look_again=True,
             )
         )
     base = base_gids(v)
@@ -189,6 +195,7 @@ def _primary_lost(case: Case, promote_to: str) -> Finding:
         by_hand=by_hand,
         steps=steps,
         waits_for=tuple(dict.fromkeys(waits)),
+        look_again=True,
     )
 
 
@@ -231,7 +238,8 @@ def _primary(case: Case) -> list[Finding]:
     other = _has_missing(case, chain)
     text = f"{case.vol} has a hole on the way to {name}: {chain.text}"
     if other:
-        step = Step("replicate", (Ref(other), case.vol, Ref(name), False))
+        bring = _bring_up(case, name, v, case.archives[other])
+        step = Step("replicate", (Ref(other), case.vol, Ref(name), False), bring)
         return [
             finding(
                 "gap",
@@ -328,6 +336,7 @@ def _secondary(case: Case, name: str) -> list[Finding]:
                 evidence={"primary_gid": first.latest_gid, "replica_gid": v.latest_gid},
                 steps=(Step("replicate", (Ref(primary), vol, Ref(name), True), bring),),
                 waits_for=_away_for_synchronize(case),
+                look_again=True,
             )
         ]
     if target is None or not case.has_history or target.lost or target.overflow:
@@ -411,6 +420,7 @@ def _secondary_lost(case: Case, name: str) -> list[Finding]:
             evidence=_waiting(case, name)
             | {"fed_by": ", ".join(fed), "primary_holds_it": int(case.holds(primary))},
             steps=(*drop, *copy),
+            look_again=True,
             waits_for=_away_for_synchronize(case) if copy else tuple(case.dead(k.K_PROXY)),
         )
     ]

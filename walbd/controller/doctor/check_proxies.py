@@ -69,7 +69,17 @@ def _lost(case: Case) -> list[Finding]:
             text += "; diffs are lost with it, see gap"
         else:
             text += "; whether diffs are lost with it is not known yet"
-        found.append(finding("proxy-data-lost", text, server=px, volume=case.vol, evidence=evidence, steps=steps))
+        found.append(
+            finding(
+                "proxy-data-lost",
+                text,
+                server=px,
+                volume=case.vol,
+                evidence=evidence,
+                steps=steps,
+                look_again=True,
+            )
+        )
     return found
 
 
@@ -91,6 +101,7 @@ def _not_fed(case: Case) -> list[Finding]:
                         volume=case.vol,
                         evidence={"sends_to": [hop.dest for hop in v.hops], "archive": archive},
                         steps=(step,),
+                        look_again=True,
                     )
                 )
     return found
@@ -116,6 +127,7 @@ def _stopped(case: Case, px: str, v: VolumeStatus) -> Finding:
         volume=case.vol,
         evidence={"state": v.state, "waiting_diffs": v.diffs, "waiting_b": v.diffs_b},
         steps=(Step("start", (Ref(px), case.vol)), Step("kick_storage_all", ())),
+        look_again=True,  # whoever adds an archive stops proxies for a moment
     )
 
 

@@ -233,6 +233,11 @@ def _check_proxies(o: Observation, s: Server, status: StatusReply) -> list[Findi
     extra = [a for a in used if not any(o.same_address(a, p.get_host_port()) for p in o.layout.proxyL)]
     unused = [p for p in o.layout.proxyL if not any(o.same_address(a, p.get_host_port()) for a in used)]
     if used and (extra or unused):
+        # While the storage uses another archive that must be settled first: retargeting names both. And a storage
+        # is not told to use proxies that do not answer: the group file may be behind a replacement.
+        primary = o.layout.archiveL[0].get_host_port() if o.layout.archiveL else ""
+        settled = o.same_address(str(status.server.get("archive", "") or primary), primary)
+        away = tuple(p.name for p in unused if o.seen[p.name].status is None)
         words = [f"uses {', '.join(extra)}, which the group file does not name"] if extra else []
         words += [f"does not use {', '.join(p.name for p in unused)}"] if unused else []
         found.append(
@@ -241,10 +246,12 @@ def _check_proxies(o: Observation, s: Server, status: StatusReply) -> list[Findi
                 f"{s.name} {' and '.join(words)}",
                 server=s.name,
                 evidence={"storage_uses": used, "group_file_says": [p.get_host_port() for p in o.layout.proxyL]},
-                by_hand="a proxy that is left out may still hold diffs: empty it first (walbc replace-proxy)"
+                by_hand="a proxy that is left out may still hold diffs: empty it first (walbc replace-proxy), "
+                "or name it in the group file"
                 if extra
                 else "",
-                steps=(Step("retarget", (Ref(s.name),), Consent.YES),),
+                steps=(Step("retarget", (Ref(s.name),), Consent.YES),) if settled else (),
+                waits_for=away,
             )
         )
     for proxy in status.proxies:

@@ -232,7 +232,13 @@ def _target(case: Case, v: VolumeStatus) -> list[Finding]:
         text = f"{case.vol} is stopped at {name}: its log is kept and fills"
         return [
             finding(
-                "storage-stopped", text, server=name, volume=case.vol, evidence=_log_evidence(v), steps=(step,)
+                "storage-stopped",
+                text,
+                server=name,
+                volume=case.vol,
+                evidence=_log_evidence(v),
+                steps=(step,),
+                look_again=True,
             ),
             *_log(case, name, v),
         ]
@@ -244,7 +250,7 @@ def _target(case: Case, v: VolumeStatus) -> list[Finding]:
         if last is not None:
             evidence |= {"last_job": last.name, "job_state": str(last.state), "job_error": last.error}
             text += f"; the last {last.name} has {last.state}" + (f": {last.error}" if last.error else "")
-        return [_backup_finding(case, "no-target", text, evidence)]
+        return [_backup_finding(case, "no-target", text, evidence, look_again=True)]  # or a backup begins
     return _log(case, name, v)
 
 
@@ -280,7 +286,9 @@ def _overflow_text(case: Case, v: VolumeStatus) -> str:
     return f"the log of {case.vol} at {case.intent.target} ({capacity}) has overflowed; the volume is {v.state}"
 
 
-def _backup_finding(case: Case, code: str, text: str, evidence: dict[str, str | int]) -> Finding:
+def _backup_finding(
+    case: Case, code: str, text: str, evidence: dict[str, str | int], *, look_again: bool = False
+) -> Finding:
     steps, waits = case.backup()
     by_hand = ""
     if waits:
@@ -296,6 +304,7 @@ def _backup_finding(case: Case, code: str, text: str, evidence: dict[str, str | 
         by_hand=by_hand.removeprefix("; "),
         steps=steps,
         waits_for=waits,
+        look_again=look_again,
     )
 
 
