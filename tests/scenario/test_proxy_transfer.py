@@ -52,10 +52,11 @@ async def test_archives_end_up_with_what_was_written(
             image = image_of(image, packs)
         await rig.drained("a0")
         assert len(rig.hop("a1").diffs) == 8
+        await rig.until(lambda: a1.offers)
         a1.refuse_all(None)
         await rig.drained()
         assert a0.image == a1.image == image
-        assert a1.diffs == ["|0|-->|8|"]  # what has waited went as one
+        assert a1.diffs == ["|0|-->|1|", "|1|-->|8|"]  # it was asked with one; the others that waited went as one
         assert rig.files() == ["volume.json"]
 
 
@@ -134,15 +135,16 @@ async def test_explicit_snapshots_are_not_merged_over(tmp_path: Path) -> None:
         storage = StorageSide(rig)
         for i in range(6):
             await storage.send([write(i)], mergeable=i != 3)
+        await rig.until(lambda: a0.offers)
         a0.refuse_all(None)
         await rig.drained()
-        assert a0.diffs == ["|0|-->|3|", "|3|-->|6|"]
+        assert a0.diffs == ["|0|-->|1|", "|1|-->|3|", "|3|-->|6|"]
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"wdiff_send_count_max": 2}, ["|0|-->|2|", "|2|-->|4|", "|4|-->|5|"]),
+        ({"wdiff_send_count_max": 2}, ["|0|-->|1|", "|1|-->|3|", "|3|-->|5|"]),
         ({"wdiff_send_size_max": 1}, [f"|{i}|-->|{i + 1}|" for i in range(5)]),
     ],
 )
@@ -153,6 +155,7 @@ async def test_limits_of_one_transfer(tmp_path: Path, settings: dict[str, int], 
         storage = StorageSide(rig)
         for i in range(5):
             await storage.send([write(i)])
+        await rig.until(lambda: a0.offers)
         a0.refuse_all(None)
         await rig.drained()
         assert a0.diffs == expected
@@ -168,9 +171,10 @@ async def test_diffs_of_two_histories_never_go_together(tmp_path: Path) -> None:
         new.gid = 2
         for i in range(2):
             await new.send([write(100 + i)])
+        await rig.until(lambda: a0.offers)
         a0.refuse_all(None)
         await rig.drained()
-        assert a0.diffs == ["|0|-->|2|"]  # of the history that the archive knows
+        assert a0.diffs == ["|0|-->|1|", "|1|-->|2|"]  # of the history that the archive knows
         assert a0.answers[-2:] == [Verdict.ACCEPT, Verdict.DIFFERENT_UUID]
         assert [offer.uuid for offer in a0.offers[-2:]] == [UUID, b"n" * 16]
 
