@@ -15,7 +15,7 @@ import pytest
 from walbd.cli.walbc import root
 from walbd.cli.walbc_doctor import found_lines
 from walbd.controller.controller import Controller
-from walbd.controller.doctor import CODES, Consent, Finding, Observation, Seen, Step, diagnose
+from walbd.controller.doctor import CODES, Consent, Doctor, Finding, Observation, Seen, Step, diagnose, mend
 from walbd.controller.doctor.case import find_missing
 from walbd.controller.doctor.diagnose import confirmed, intents_of
 from walbd.controller.doctor.mend import Allowed
@@ -570,6 +570,19 @@ def test_another_target_than_the_group_file_names() -> None:
     assert not finding.steps
     scene.forget("a1")  # it goes by what is
     assert scene.codes() == ["other-target", "secondary-data-lost"]
+
+
+def test_who_is_target_is_learned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody moves the volume back while the doctor is at work; and what mending itself stops stays known."""
+    scene = Scene().part("s0", state="Standby").part("s1", state="Target")
+    monkeypatch.setattr(mend, "observe", lambda *_args, **_more: scene.observe())
+    monkeypatch.setattr(mend, "observe_again", lambda *_args, **_more: scene.observe())
+    doctor = Doctor(Controller("", scene.group.servers), scene.group)
+    assert [f.code for f in doctor.look()] == ["other-target"]
+    scene.part("s1", state="SyncReady")
+    assert calls(next(f for f in doctor.look() if f.code == "no-target")) == ["hash_backup(s1, 'vol0')"]
+    scene.part("s0", state="Target").part("s1", state="Standby")
+    assert doctor.look() == []
 
 
 def test_a_former_target_is_not_taken_for_the_target() -> None:

@@ -116,14 +116,12 @@ class Doctor:
         self.observation = o = observe(self.ctl, self.group, self.vol, wall=self._wall)
         if self.vol and self.vol not in volumes(o, ""):
             raise NotFound("nobody who answers knows the volume", hint="see `walbc status`", volume=self.vol)
-        for name, intent in intents_of(o, lost=self.lost).items():
-            known = self.intents.get(name)
-            if known is None or not known.target:
-                self.intents[name] = intent
+        self._learn(o)
         found = self._diagnose(o)
         if not needs_second_look(found):
             return found
         self.observation = again = observe_again(self.ctl, o, self.vol, self._pause_s, wall=self._wall)
+        self._learn(again)
         return confirmed(self._diagnose(again), found)
 
     def plan(self, found: Sequence[Finding]) -> list[Finding]:
@@ -167,6 +165,16 @@ class Doctor:
 
     def _is_stale(self) -> bool:
         return self.observation is not None and self.ctl.calls.now() - self.observation.taken_s > STALE_S
+
+    def _learn(self, o: Observation) -> None:
+        """Take over what is wanted of each volume. What was known stays known while nobody is seen to be target:
+        mending itself makes that so for a while.
+        """
+        for name, intent in intents_of(o, lost=self.lost).items():
+            known = self.intents.get(name)
+            case = Case(o, name, intent, self.lost)
+            if known is None or not known.target or (case.target is not None and case.target.state == k.sTarget):
+                self.intents[name] = intent
 
     def _diagnose(self, o: Observation) -> list[Finding]:
         return diagnose(o, self.vol, intents=self.intents, lost=self.lost)
