@@ -9,6 +9,8 @@ import pytest
 
 from tests.kit.doctored import Doctored
 from tests.kit.group import WAIT_S, Volume, run_walbd, wait_until
+from walbd.format.policy import Policy
+from walbd.protocol.control import Apply
 
 
 def overflow(group: Doctored, volume: Volume) -> None:
@@ -522,3 +524,66 @@ def test_the_group_file_is_behind_a_promotion(tmp_path: Path) -> None:
         assert [a.name for a in group.group.servers.archiveL] == ["a1", "a0"]
         assert "hash-backup" not in text
         assert "retarget" not in text
+
+
+# Codes that seldom come
+
+
+def test_a_replica_that_is_not_fed_and_a_storage_that_uses_another_archive(tmp_path: Path) -> None:
+    with Doctored(tmp_path, archives=2) as group:
+        volume = group.protect(replicas=True)
+        group.ctl.stop_synchronizing(group.a[1], "vol0")
+        volume.scribble()
+        group.snapshot(volume)
+        assert group.wait_for_code("replica-not-fed")["server"] == "a1"
+        assert "walbc replicate vol0 a1 --from a0 --sync" in group.mend(volume, archives=[0, 1])
+        group.ctl.retarget(group.s[0], group.a[1])
+        assert group.codes() == {"wrong-primary"}
+        assert "walbc retarget s0 --archive a0" in group.mend(volume, archives=[0, 1])
+
+
+def test_two_targets(tmp_path: Path) -> None:
+    with Doctored(tmp_path, storages=2) as group:
+        volume = group.protect(mirror=1)
+        group.ctl.set_server_layout(group.layout.replace(storageL=group.s[1:]))  # which does not see s0
+        group.ctl.hash_backup(group.s[1], "vol0", timeoutS=WAIT_S)
+        group.ctl.set_server_layout(group.layout)
+        found = group.wait_for_code("two-targets")
+        assert found["evidence"]["targets"] == ["s0", "s1"]
+        text = group.mend(volume)
+        assert "hash-backup vol0 --storage s0" in text
+        assert [group.ctl.get_state(s, "vol0") for s in group.s] == ["Target", "Standby"]
+
+
+@pytest.mark.parametrize("failpoint", ["archive.apply.after_begin", "archive.apply.before_done"])
+def test_an_apply_that_was_cut_off(tmp_path: Path, failpoint: str) -> None:
+    """A policy finishes it by itself; so there is none."""
+    with Doctored(tmp_path) as group:
+        volume = group.protect()
+        group.ctl.set_policy(group.a[0], "vol0", Policy(enabled=False))
+        volume.scribble()
+        gid = group.snapshot(volume)
+        process = group.processes["a0"]
+        process.restart(failpoints=f"{failpoint}=crash")
+        group.ctl.ask(group.a[0], Apply(volume="vol0", gid=gid))
+        process.wait_killed()
+        process.start()
+        found = group.wait_for_code("apply-interrupted")
+        assert [step["python"] for step in found["steps"]] == [f"walbc.apply(a0, 'vol0', {gid})"]
+        group.mend(volume)
+
+
+def test_a_busy_group_is_silent(tmp_path: Path) -> None:
+    """Write load, snapshots, applies and replications all the time: nothing of that is taken for a fault."""
+    with Doctored(tmp_path, storages=2, proxies=2, archives=2) as group:
+        volume = group.protect(replicas=True, mirror=1)
+        with volume.load():
+            for i in range(20):
+                gid = group.ctl.snapshot(group.s[0], "vol0", group.a)
+                assert group.findings() == []
+                if i % 5 == 4:
+                    group.ctl.apply(group.a[i // 5 % 2], "vol0", gid)
+                    assert group.findings() == []
+            group.ctl.replicate(group.a[0], "vol0", group.a[1], True, WAIT_S)
+            assert group.findings() == []
+        group.mend(volume, archives=[0, 1])
