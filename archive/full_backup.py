@@ -16,6 +16,7 @@ from typing import Final
 
 import structlog
 
+from walbd.archive.backup_offer import check_backup
 from walbd.archive.image_receiver import ImageReceiver
 from walbd.archive.slots import Slots
 from walbd.archive.states import Command
@@ -23,12 +24,12 @@ from walbd.archive.volume import Volume
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.states import Step
 from walbd.daemon.tasks import uninterrupted
-from walbd.errors import Busy, Refused, RemoteProtocolError, UsageError
+from walbd.errors import RemoteProtocolError
 from walbd.format.meta import BaseState, full_backup_state
 from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.ids import NO_GID, new_uuid
-from walbd.protocol.base import Kind, Ok
+from walbd.protocol.base import Ok
 from walbd.protocol.transfer import (
     BackupAccepted,
     BackupDone,
@@ -48,13 +49,7 @@ async def receive_full_backup(
     volume: Volume, slots: Slots, conn: Connection, offer: FullBackupOffer
 ) -> BackupDone:
     """Conduct a full backup; the returned message is the last answer. A failure leaves the volume SyncReady."""
-    if conn.peer.kind is not Kind.STORAGE:
-        raise Refused("full backups are taken from storages only", sender=str(conn.peer.kind))
-    if offer.size_lb == 0:
-        raise UsageError("a volume of size 0 cannot be backed up", volume=volume.name)
-    volume.check(Command.FULL_BACKUP)
-    if slots.is_full:
-        raise Busy("too many backups are running", hint="try again when one has ended", backups_max=slots.n_max)
+    check_backup(volume, Command.FULL_BACKUP, slots, conn, offer.size_lb)
     with slots.turn() as turn:
         await turn.comes()
         step = volume.enter(Command.FULL_BACKUP)

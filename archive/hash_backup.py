@@ -19,6 +19,7 @@ from typing import Final
 
 import structlog
 
+from walbd.archive.backup_offer import check_backup
 from walbd.archive.gaps import HASH_BACKUP, gaps_after
 from walbd.archive.pending import commit_pending
 from walbd.archive.receive import WdiffSink, grow
@@ -31,13 +32,13 @@ from walbd.daemon.env import Pool
 from walbd.daemon.hash_sync import receive_differences
 from walbd.daemon.pipeline import SyncTimer
 from walbd.daemon.tasks import uninterrupted
-from walbd.errors import Busy, Refused, RemoteProtocolError, UsageError
+from walbd.errors import Refused, RemoteProtocolError
 from walbd.format.meta import Diff, Snapshot, hash_backup_diff, hash_backup_gid
 from walbd.format.virtual import VirtualImage
 from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.ids import NIL_UUID, NO_GID, parse_uuid
-from walbd.protocol.base import Kind, Ok
+from walbd.protocol.base import Ok
 from walbd.protocol.sync import HashBackupOffer
 from walbd.protocol.transfer import BackupAccepted, BackupDone, BackupEnd, LogReset
 from walbd.units import LB
@@ -62,13 +63,7 @@ async def receive_hash_backup(
     volume: Volume, slots: Slots, conn: Connection, offer: HashBackupOffer
 ) -> BackupDone:
     """Conduct a hash backup; the returned message is the last answer. A failure leaves the volume as it was."""
-    if conn.peer.kind is not Kind.STORAGE:
-        raise Refused("hash backups are taken from storages only", sender=str(conn.peer.kind))
-    if offer.size_lb == 0:
-        raise UsageError("a volume of size 0 cannot be backed up", volume=volume.name)
-    volume.check(Command.HASH_BACKUP)
-    if slots.is_full:
-        raise Busy("too many backups are running", hint="try again when one has ended", backups_max=slots.n_max)
+    check_backup(volume, Command.HASH_BACKUP, slots, conn, offer.size_lb)
     with slots.turn() as turn:
         await turn.comes()
         volume.enter(Command.HASH_BACKUP)
