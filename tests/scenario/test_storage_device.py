@@ -385,7 +385,7 @@ async def test_queries(tmp_path: Path) -> None:
         assert (row.volume, row.dest, row.gid, row.dest_gid) == (VOL, "a0", 2, 2)
         assert row.delta_s == row.timestamp - 5
         await rig.archive.stop()
-        await asyncio.sleep(0.03)
+        await rig.until(lambda: rig.server.lag._failed, "a comparison that failed")
         assert (await rig.call(GetTsDelta())).rows == [row]  # the last good result stays
         status = (await rig.call(GetStatus(volume=VOL))).volumes[0]
         assert (status.state, status.done_gid, status.lag_lb, status.pbs) == ("Target", 2, 0, 512)
@@ -433,7 +433,7 @@ async def _force_overrides(tmp_path: Path) -> None:
         backup = asyncio.create_task(rig.full_backup())
         await rig.until(lambda: bool(rig.archive.offers))
         stopping = asyncio.create_task(rig.stop(ShutdownMode.GRACEFUL))
-        await asyncio.sleep(0.01)
+        await rig.until(lambda: rig.server.server._closing, "the graceful stop to begin")
         assert not stopping.done()
         rig._shutdown.request(ShutdownMode.FORCE)
         await stopping
