@@ -9,6 +9,8 @@ import pytest
 import structlog
 from hypothesis import settings
 
+from tests.kit import jitter
+
 # A deadline for single examples would make a busy machine fail tests.
 settings.register_profile("walbd", deadline=None)
 settings.load_profile("walbd")
@@ -16,6 +18,12 @@ settings.load_profile("walbd")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite", action="store_true", help="write down what scenario files really say")
+    parser.addoption("--jitter", metavar="SEED", help="delay steps by chance: see tests/kit/jitter.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (seed := config.getoption("--jitter")) is not None:
+        jitter.ask(seed)
 
 
 LOG = pytest.StashKey[io.StringIO]()

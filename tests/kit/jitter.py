@@ -1,0 +1,52 @@
+"""Make every step that another may overtake late by chance, so that a test which counts on luck fails.
+
+`pytest --jitter SEED` delays what is received, what has been sent, the results of threads and of conversations,
+in the test's own process and (through the folder jittered/, as `sitecustomize`) in every process it starts.
+A test that fails only then waits for too little: it must wait for the condition that it means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "WALBD_TEST_JITTER"
+ROOT = Path(__file__).parents[2]
+# (how often, how long at most [s]): mostly nothing, sometimes a slice of another task, seldom a busy machine.
+LATE = ((0.02, 0.25), (0.15, 0.02))
+
+
+def ask(seed: str) -> None:
+    """Delay steps in this process, and in those that it starts."""
+    os.environ[VARIABLE] = seed
+    paths = [str(Path(__file__).with_name("jittered")), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    install(seed)
+
+
+def install(seed: str) -> None:
+    """Wrap the steps. The chance differs between processes, which start at different times anyway."""
+    from walbd.daemon import conn, env, server
+
+    rng = random.Random(f"{seed}:{os.getpid()}:{sys.argv}")
+
+    def late(step: Callable[..., Awaitable[Any]]) -> Any:
+        async def delayed(*args: Any, **kwargs: Any) -> Any:
+            result = await step(*args, **kwargs)
+            for often, most_s in LATE:
+                if rng.random() < often:
+                    await asyncio.sleep(rng.random() * most_s)
+                    break
+            return result
+
+        return delayed
+
+    conn.Connection.send = late(conn.Connection.send)  # type: ignore[method-assign]
+    conn.Connection.receive_or_end = late(conn.Connection.receive_or_end)  # type: ignore[method-assign]
+    env.ThreadPools.run = late(env.ThreadPools.run)  # type: ignore[method-assign]
+    server.Server._conversation = late(server.Server._conversation)  # type: ignore[method-assign]
