@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -42,7 +41,7 @@ from walbd.daemon.jobs import Jobs
 from walbd.daemon.logs import error_fields
 from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
 from walbd.daemon.net import Address
-from walbd.daemon.reload import Settings, follow_common
+from walbd.daemon.reload import Read, Settings, follow_common
 from walbd.daemon.server import Handler, Server
 from walbd.daemon.states import StopMode
 from walbd.daemon.tasks import uninterrupted
@@ -68,7 +67,7 @@ class ArchiveServer:
         shutdown: Shutdown,
         *,
         images: ImageStore | None = None,
-        read: Callable[[], ArchiveConfig] | None = None,
+        read: Read[ArchiveConfig] | None = None,
     ) -> None:
         """`read()` reads the configuration again (`walbd.daemon.reload`)."""
         self.volumes: dict[str, Volume] = {}
@@ -90,7 +89,7 @@ class ArchiveServer:
         self._restorer = Starter(self.jobs, self._restores, env.clock)
         self._scanner = Starter(self.jobs, self._scans, env.clock)
         self._me = identity(config, Kind.ARCHIVE)
-        self.settings = Settings(config, env, read)
+        self.settings = Settings(config, read)
         replicator = Replicator(self.volumes, self.place, self._me, self._starter, self._replications)
         self._replicator = replicator
         self.policy = PolicyRunner(

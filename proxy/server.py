@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -18,7 +17,7 @@ from walbd.daemon.jobs import Jobs
 from walbd.daemon.logs import error_fields
 from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
 from walbd.daemon.net import Address
-from walbd.daemon.reload import Settings, follow_common, retry_policy
+from walbd.daemon.reload import Read, Settings, follow_common, retry_policy
 from walbd.daemon.scheduler import Scheduler
 from walbd.daemon.server import Server
 from walbd.errors import WalbError
@@ -51,11 +50,11 @@ class ProxyServer:
         env: Env,
         shutdown: Shutdown,
         *,
-        read: Callable[[], ProxyConfig] | None = None,
+        read: Read[ProxyConfig] | None = None,
     ) -> None:
         """`read()` reads the configuration again (`walbd.daemon.reload`)."""
         self.config = config  # as at the start
-        self.settings = Settings(config, env, read)
+        self.settings = Settings(config, read)
         self.env = env
         self.volumes: dict[str, Volume] = {}
         me = identity(config, Kind.PROXY)

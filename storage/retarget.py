@@ -7,7 +7,7 @@ is dropped. Source: docs/storage.md, "Other archives and proxies".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +17,7 @@ import structlog
 from walbd.daemon.env import Env, Pool
 from walbd.daemon.net import parse_address
 from walbd.daemon.record import load_record, save_record
-from walbd.daemon.reload import Settings
+from walbd.daemon.reload import Read, Settings
 from walbd.errors import ConfigError, CorruptData, NotFound, UsageError
 from walbd.fs import FileSystem, failpoints
 from walbd.fs.disk import disk_errors
@@ -72,8 +72,9 @@ class Override(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class StorageSettings(Settings[StorageConfig]):
     """The settings of a storage daemon; archive and proxies may be overridden durably."""
 
-    def __init__(self, config: StorageConfig, env: Env, read: Callable[[], StorageConfig] | None = None) -> None:
-        super().__init__(config, env, read)
+    def __init__(self, config: StorageConfig, env: Env, read: Read[StorageConfig] | None = None) -> None:
+        super().__init__(config, read)
+        self._env = env
         self.override = Override()
         self.problem = ""  # why the override on disk cannot be used
         self._fs = env.fs

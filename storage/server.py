@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -17,7 +16,7 @@ from walbd.daemon.env import Env, Pool
 from walbd.daemon.jobs import Jobs
 from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
 from walbd.daemon.net import Address
-from walbd.daemon.reload import follow_common, retry_policy
+from walbd.daemon.reload import Read, follow_common, retry_policy
 from walbd.daemon.scheduler import Again, Scheduler
 from walbd.daemon.server import Handler, Server
 from walbd.daemon.states import StopMode
@@ -96,7 +95,7 @@ class StorageServer:
         shutdown: Shutdown,
         *,
         open_device: OpenDevice | None = None,
-        read: Callable[[], StorageConfig] | None = None,
+        read: Read[StorageConfig] | None = None,
     ) -> None:
         """`read()` reads the configuration again (`walbd.daemon.reload`)."""
         self.config = config  # as at the start

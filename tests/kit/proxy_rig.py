@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,9 @@ import lz4.block
 
 from tests.kit.fake_archive import FakeArchive, clean, drop_connections
 from tests.kit.logs import Io, build_pack
+from tests.kit.mem_net import MemNetwork
 from tests.kit.running import Running
+from tests.kit.virtual import InlinePools, LoopClock, run
 from walbd.daemon.conn import Connection, Me, call, dial
 from walbd.daemon.env import Env
 from walbd.daemon.main import Shutdown, ShutdownMode
@@ -44,6 +47,13 @@ SALT = 0x1234
 CONTROL = Me(node="ctl", kind=Kind.CONTROL, io_timeout_s=20)
 STORAGE = Me(node="s0", kind=Kind.STORAGE, io_timeout_s=20)
 WAIT_S = 20.0
+REAL_DELAYS: dict[str, Any] = {
+    "retry_delay_min_s": 1.0,
+    "retry_delay_max_s": 30.0,
+    "probe_interval_s": 1.0,
+    "io_timeout_s": 30.0,
+    "connect_timeout_s": 10.0,
+}
 
 
 class ProxyRig:
@@ -78,10 +88,14 @@ class ProxyRig:
         return self.volume.hop(archive)
 
     def _make(self) -> ProxyServer:
-        return ProxyServer(self.config(), self.env, self.shutdown, read=self.config)
+        return ProxyServer(self.config(), self.env, self.shutdown, read=self.reread)
+
+    async def reread(self) -> ProxyConfig:
+        """What a reload finds."""
+        return self.config()
 
     def config(self) -> ProxyConfig:
-        """What the settings say now; a reload reads it again."""
+        """What the settings say now."""
         return ProxyConfig(base_dir=str(self.base), **self.settings)
 
     async def up(self) -> None:
@@ -169,6 +183,29 @@ async def proxy(base: Path, **settings: Any) -> AsyncIterator[ProxyRig]:
     finally:
         await rig.crash()
         rig.env.pools.close()
+
+
+def play_proxy(
+    base: Path,
+    scenario: Callable[[ProxyRig, FakeArchive, StorageSide, MemNetwork], Awaitable[None]],
+    **settings: Any,
+) -> None:
+    """Run a scenario with a volume that is fed and sent, on virtual time and with the real delays."""
+
+    async def main() -> None:
+        net = MemNetwork()
+        env = Env(net=net, pools=InlinePools(random.Random(1)), clock=LoopClock())
+        rig = ProxyRig(base / "p", env=env, **(REAL_DELAYS | settings))
+        rig.poll_s = 0.05
+        await rig.up()
+        try:
+            async with FakeArchive(env=env) as a0:
+                await rig.begin(a0)
+                await scenario(rig, a0, StorageSide(rig), net)
+        finally:
+            await rig.crash()
+
+    run(main())
 
 
 class StorageSide:

@@ -385,6 +385,10 @@ class Rig:
         assert self.daemon is not None
         return self.daemon
 
+    async def reread(self) -> StorageConfig:
+        """What a reload finds."""
+        return self.config()
+
     def config(self) -> StorageConfig:
         values: dict[str, Any] = {
             "base_dir": str(self.base_dir),
@@ -446,7 +450,7 @@ class Rig:
             return FakeHandle(self.devices[path], killed.is_set)
 
         self._shutdown = Shutdown()
-        self.daemon = StorageServer(self.config(), env, self._shutdown, open_device=open_device, read=self.config)
+        self.daemon = StorageServer(self.config(), env, self._shutdown, open_device=open_device, read=self.reread)
         ready = asyncio.Event()
         daemon = self.daemon
 
@@ -553,6 +557,11 @@ class Rig:
             and known.has_record
             and (known.record.done.lsid == (device or self.device).permanent and not known.record.queue)
         )
+
+    async def until_idle(self) -> None:
+        """Wait until nothing is being sent or erased: a delivery is recorded before its work has ended."""
+        async with asyncio.timeout(self.deadline_s):
+            await self.server.scheduler.idle()
 
     async def until_delivered(self, volume: str = VOL, device: FakeDevice | None = None) -> None:
         await self.until(lambda: self.delivered(volume, device), "delivery")

@@ -63,7 +63,7 @@ def test_only_directories_with_good_names_can_be_volumes(tmp_path: Path) -> None
 
 async def test_requests_that_all_daemons_answer() -> None:
     env, shutdown = Env(), Shutdown()
-    settings = Settings(DaemonConfig(base_dir="/x"), env)
+    settings = Settings(DaemonConfig(base_dir="/x"))
     common = CommonRequests(ME, Jobs(env.clock), {}, shutdown, lambda: server.stats, settings)
     server = Server(env, ME, common.handlers())
     async with asyncio.TaskGroup() as tasks:
@@ -81,7 +81,8 @@ async def test_requests_that_all_daemons_answer() -> None:
             (tag, "c0", 1) for tag in ("get-host-type", "get-pid", "get-state", "get-version")
         ]
         await ask(ShutdownRequest(how=ShutdownHow.FORCE))
-        assert shutdown.mode is ShutdownMode.FORCE
+        async with asyncio.timeout(20):  # it ends after the answer
+            assert await shutdown.requested() is ShutdownMode.FORCE
         await server.stop(force=True)
     env.pools.close()
 
@@ -95,7 +96,7 @@ async def test_shutdown_of_a_client_that_has_left() -> None:
             raise ConnectError("the peer has left")
 
     shutdown = Shutdown()
-    settings = Settings(DaemonConfig(base_dir="/x"), Env())
+    settings = Settings(DaemonConfig(base_dir="/x"))
     handlers = CommonRequests(ME, Jobs(SystemClock()), {}, shutdown, lambda: {}, settings).handlers()
     with pytest.raises(ConnectError):
         await handlers[ShutdownRequest](Gone(), ShutdownRequest())

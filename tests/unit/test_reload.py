@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from walbd.archive.config import ArchiveConfig
 from walbd.archive.server import ArchiveServer
-from walbd.daemon.config import LIVE, Count, DaemonConfig, Size, load, settings
+from walbd.daemon.config import LIVE, Count, DaemonConfig, Size, load, load_again, settings
 from walbd.daemon.conn import Me
 from walbd.daemon.env import Env
 from walbd.daemon.logs import configure, set_level
@@ -62,10 +62,13 @@ class File:
     def load(self) -> Any:
         return load(self.cls, self.path, self.options)
 
+    async def load_again(self) -> Any:
+        return await load_again(self.cls, self.path, self.options)
+
 
 def opened(tmp_path: Path, **options: Any) -> tuple[File, Settings[Config]]:
     file = File(tmp_path / "c.toml", **options)
-    return file, Settings(file.load(), Env(), file.load)
+    return file, Settings(file.load(), file.load_again)
 
 
 async def test_live_settings_count_at_once_and_others_are_named(tmp_path: Path) -> None:
@@ -124,7 +127,7 @@ async def test_what_runs_is_checked_too(tmp_path: Path) -> None:
                 raise ConfigError("not so many here")
 
     file = File(tmp_path / "c.toml", Two)
-    owner = Settings(file.load(), Env(), file.load)
+    owner = Settings(file.load(), file.load_again)
     file.write('place = "there"\ncount = 6\n')
     with pytest.raises(ConfigError, match="not so many here"):
         await owner.reload()
@@ -132,7 +135,7 @@ async def test_what_runs_is_checked_too(tmp_path: Path) -> None:
 
 
 async def test_without_a_source_nothing_changes() -> None:
-    owner = Settings(Config(base_dir="/x"), Env())
+    owner = Settings(Config(base_dir="/x"))
     done = await owner.reload()
     assert (done.applied, done.needs_restart) == ([], [])
 
@@ -191,7 +194,11 @@ async def reloaded(server: Any, config: dict[str, Any]) -> None:
 def changing(cls: type[Any], **fixed: Any) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
     """Return a configuration, changes to it, and what reads it again."""
     changes: dict[str, Any] = {}
-    return cls(**fixed), changes, lambda: cls(**(fixed | changes))
+
+    async def read() -> Any:
+        return cls(**(fixed | changes))
+
+    return cls(**fixed), changes, read
 
 
 async def test_archive_follows(tmp_path: Path) -> None:

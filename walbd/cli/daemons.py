@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from walbd.daemon.config import DaemonConfig, Setting, load, settings
+from walbd.daemon.config import DaemonConfig, Setting, load, load_again, settings
 from walbd.daemon.main import Daemon, run_daemon
 from walbd.units import format_size
 
@@ -82,9 +82,13 @@ def daemon_command(
 
     def run(config_path: Path | None, **options: Any) -> None:
         checked = load(config, config_path, options)
+
+        def read() -> Awaitable[DaemonConfig]:
+            return load_again(config, config_path, options)
+
         run_daemon(
             name,
-            lambda env, shutdown: make(checked, env, shutdown, read=lambda: load(config, config_path, options)),
+            lambda env, shutdown: make(checked, env, shutdown, read=read),
             log_level=checked.log_level,
             log_format=checked.log_format,
         )

@@ -9,10 +9,12 @@ from __future__ import annotations
 import socket
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import aiofiles
 import msgspec
 from msgspec import Meta
 
@@ -135,14 +137,39 @@ def load(cls: type[C], path: Path | None, options: Mapping[str, Any]) -> C:
     `options` holds the values given on the command line by field name, None for those not given; values may
     be text. Lists given as text are split at commas.
     """
+    text = ""
+    if path is not None:
+        with _said(path):
+            text = path.read_text(encoding="utf-8")
+    return _checked(cls, text, path, options)
+
+
+async def load_again(cls: type[C], path: Path | None, options: Mapping[str, Any]) -> C:
+    """Like `load`, in a daemon that runs: a file on a slow disk does not hold up the loop."""
+    text = ""
+    if path is not None:
+        with _said(path):
+            async with aiofiles.open(path, encoding="utf-8") as file:
+                text = await file.read()
+    return _checked(cls, text, path, options)
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Turn what keeps a file from being read as text or TOML into ConfigError."""
+    try:
+        yield
+    except OSError as exc:
+        raise ConfigError("cannot read the configuration", file=str(path), reason=exc.strerror) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError("the configuration is no TOML", file=str(path), reason=str(exc)) from exc
+
+
+def _checked(cls: type[C], text: str, path: Path | None, options: Mapping[str, Any]) -> C:
     values: dict[str, Any] = {}
     if path is not None:
-        try:
-            values = tomllib.loads(path.read_text())
-        except OSError as exc:
-            raise ConfigError("cannot read the configuration", file=str(path), reason=exc.strerror) from exc
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-            raise ConfigError("the configuration is no TOML", file=str(path), reason=str(exc)) from exc
+        with _said(path):
+            values = tomllib.loads(text)
     known = {setting.name: setting for setting in settings(cls)}
     for name in values:
         if name not in known:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 import msgspec
@@ -17,7 +17,6 @@ import structlog
 
 from walbd.daemon.config import DaemonConfig, settings
 from walbd.daemon.conn import Me
-from walbd.daemon.env import Env, Pool
 from walbd.daemon.logs import error_fields, set_level
 from walbd.daemon.scheduler import RetryPolicy
 from walbd.daemon.sd_notify import sd_notify
@@ -29,18 +28,18 @@ log = structlog.get_logger()
 
 C = TypeVar("C", bound=DaemonConfig)
 
+Read = Callable[[], Awaitable[C]]
 Follow = Callable[[C, C], None]  # called with the old and the new configuration; must not fail
 
 
 class Settings(Generic[C]):
     """The configuration of a daemon, from its start to its end."""
 
-    def __init__(self, config: C, env: Env, read: Callable[[], C] | None = None) -> None:
+    def __init__(self, config: C, read: Read[C] | None = None) -> None:
         """`read()` loads file and options again, as at the start, and raises ConfigError."""
         self._configured = config
         self._current = config
-        self._env = env
-        self._read = read or (lambda: config)
+        self._read = read
         self._followers: list[Follow[C]] = []
         self._lock = asyncio.Lock()  # one change at a time
         self._live = {setting.name for setting in settings(type(config)) if setting.live}
@@ -78,7 +77,7 @@ class Settings(Generic[C]):
         return done
 
     async def _reload(self) -> Reloaded:
-        new = await self._env.pools.run(Pool.RECORD, self._read)
+        new = self._configured if self._read is None else await self._read()
         changed = changed_names(self._configured, new)
         live = {name: getattr(new, name) for name in changed if name in self._live}
         configured = msgspec.structs.replace(self._configured, **live)
