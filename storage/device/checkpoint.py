@@ -14,6 +14,7 @@ from dataclasses import replace
 import structlog
 
 from walbd.daemon.env import Pool
+from walbd.daemon.tasks import uninterrupted
 from walbd.errors import WalbError
 from walbd.fs import failpoints
 from walbd.ids import Lsid
@@ -74,7 +75,8 @@ class Checkpointer:
     async def write(self, failpoint: str, *, oldest: int, written: int, **changes: object) -> None:
         """Write both superblocks; the caller holds `exclusive`. Raises ReadOnlyDevice.
 
-        `written` must be durable on the data device. `failpoint` is hit first.
+        `written` must be durable on the data device. `failpoint` is hit first. A caller that is cancelled is so
+        only when the disk and `core.superblock` agree again.
         """
         core = self._core
         superblock = replace(
@@ -88,8 +90,11 @@ class Checkpointer:
             failpoints.hit(failpoint)
             write_superblocks(core.ldev, superblock)
 
-        await self.step(write, "writing the superblock")
-        core.superblock = superblock
+        async def write_and_note() -> None:
+            await self.step(write, "writing the superblock")
+            core.superblock = superblock
+
+        await uninterrupted(write_and_note())
 
     async def step(self, call: Callable[[], None], during: str) -> None:
         """Run a disk operation in a thread; its failure is the device's. Raises ReadOnlyDevice."""

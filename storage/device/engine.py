@@ -16,7 +16,8 @@ import structlog
 
 from walbd.daemon.env import Env, Pool
 from walbd.daemon.nbd_server import Writes
-from walbd.errors import BadState, Refused, WalbError
+from walbd.daemon.tasks import uninterrupted
+from walbd.errors import BadState, Refused, Stopping, WalbError
 from walbd.ext.nbd import Chunk
 from walbd.format.ring import Ring
 from walbd.format.superblock import ring_size_pb
@@ -93,6 +94,7 @@ class Engine:
         )
         self.freeze_state = FreezeState.MELTED
         self._melt_timer: asyncio.TimerHandle | None = None
+        self._stopping = False  # no operation begins any more
         self._stopped = False
         self._loop = asyncio.get_running_loop()
         self._workers = [
@@ -222,8 +224,13 @@ class Engine:
             await core.settled.next()
         core.check_alive()
 
+    def _check_running(self) -> None:
+        if self._stopping:
+            raise Stopping("the device is being stopped")
+
     async def take_checkpoint(self) -> None:
         """Make everything on the data device durable and note it; raises ReadOnlyDevice."""
+        self._check_running()
         await self.checkpoints.take()
 
     async def set_oldest(self, lsid: int) -> None:
@@ -231,6 +238,7 @@ class Engine:
 
         Raises Refused unless oldest <= lsid <= prev_written and a pack begins at `lsid` (or the log ends there).
         """
+        self._check_running()
         core, lsids = self.core, self.core.lsids
         async with self.checkpoints.exclusive():
             if not lsids.oldest <= lsid <= lsids.prev_written:
@@ -253,6 +261,7 @@ class Engine:
 
         0: until melted. Freezing again sets the timeout anew. Reads go on. Raises ReadOnlyDevice, Refused.
         """
+        self._check_running()
         if self.freeze_state is FreezeState.BUSY:
             raise BadState("the log is being reset", hint="try again when that has ended")
         if not 0 <= timeout_s <= FREEZE_MAX_S:
@@ -296,6 +305,7 @@ class Engine:
 
         Raises BadState when frozen, Refused when the log device has shrunk, ReadOnlyDevice.
         """
+        self._check_running()
         if self.freeze_state is not FreezeState.MELTED:
             raise BadState("the device is frozen", hint="melt it first")
         self.freeze_state = FreezeState.BUSY
@@ -303,7 +313,8 @@ class Engine:
         try:
             await self.drain()
             async with self.checkpoints.exclusive():
-                await self._reset()
+                # A client that leaves now must not leave a new log on disk and the old one in memory.
+                await uninterrupted(self._reset())
         finally:
             self._melt()
 
@@ -346,6 +357,7 @@ class Engine:
 
         Raises Refused when it would shrink, or the data device is a block device and too small.
         """
+        self._check_running()
         core = self.core
         async with self.checkpoints.exclusive():
             ddev_lb = await core.env.pools.run(Pool.RECORD, core.ddev.size) // LB
@@ -367,9 +379,11 @@ class Engine:
         ddev.sync()
 
     def refuse_writes(self) -> None:
-        """Refuse writes from now on; what was taken before is still done, frozen or not."""
+        """Refuse writes and operations from now on; what was taken before is still done, frozen or not."""
+        self._stopping = True
         self.log.refuse()
-        self._melt()
+        if self.freeze_state is not FreezeState.BUSY:  # a reset melts when it has ended, and not before
+            self._melt()
 
     async def stop(self) -> None:
         """End in an orderly way: nothing is left to redo. A read-only device just closes."""
@@ -378,6 +392,7 @@ class Engine:
         self._stopped = True
         self.refuse_writes()
         try:
+            await self.core.log_advanced.wait_for(lambda: self.freeze_state is not FreezeState.BUSY)
             if not self.core.has_failed():
                 await self.drain()
                 await self.checkpoints.take()

@@ -1,5 +1,6 @@
 """Redo: bringing the data device up to the end of the log after a crash, and making the log end there.
 
+    0. sync the log: what a killed process left in the page cache is read here, and could still be lost
     1. apply every whole, good pack from `written_lsid` on, in log order     (nothing else is changed yet)
     2. cut the header of a torn last pack down to its good records, or end the log there if none is good
     3. forget the future: zero every later block that claims to be a pack header of its own place
@@ -98,6 +99,7 @@ def redo(
             size_lb=ddev_lb,
             expected_lb=superblock.device_size_lb,
         )
+    ldev.sync()
     ring = Ring(ldev, superblock)
     begin = superblock.written_lsid
     counted = _Counted()

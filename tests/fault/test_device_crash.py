@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -19,6 +19,7 @@ from walbd.errors import CorruptData, DiskFailed, WalbError
 from walbd.format.superblock import read_superblock
 from walbd.protocol.nbd import Command, CommandFlag
 from walbd.storage.device.engine import Engine, Tuning
+from walbd.storage.device.redo import redo
 from walbd.units import LB
 
 TUNING = Tuning(
@@ -321,3 +322,38 @@ def test_damage_in_the_log_is_not_an_end_of_it() -> None:
     with pytest.raises(CorruptData):
         run(fill())
     assert bytes(disk.files[LDEV].now) == before
+
+
+def test_redo_applies_nothing_that_the_log_can_still_lose() -> None:
+    """A killed process leaves log in memory only; the power may fail while redo works on it.
+
+    What is on the data device then must be in the log: consumers of the log would never get to know of it.
+    """
+    rng = random.Random(3)
+
+    async def write() -> None:
+        async with serving(disk, rng, Tuning(flush_interval_s=3600)) as engine:
+            for i in range(4):
+                assert await Client(engine).write(i, bytes([i + 1]) * LB) == 0
+
+    for n in range(1, 20):
+        disk = make_disk()
+        run(write())
+        disk = disk.restart()
+        disk.crash_at = disk.ops + n
+        try:
+            with disk.open(LDEV, write=True) as ldev, disk.open(DDEV, write=True) as ddev:
+                redo(ldev, ddev, read_superblock(ldev))
+        except DiskFailed:
+            pass
+        ldev_contents, ddev_contents = disk.files[LDEV], disk.files[DDEV]
+        found = bytes(ddev_contents.now)  # the worst case: all of the data survives, and
+        ldev_contents.now[:] = ldev_contents.durable  # of the log only what was synced
+        disk = disk.restart()
+        ddev_contents.now[:] = bytes(len(found))
+        with disk.open(LDEV, write=True) as ldev, disk.open(DDEV, write=True) as ddev:
+            first = read_superblock(ldev)
+            redo(ldev, ddev, replace(first, written_lsid=first.oldest_lsid))
+        in_the_log = bytes(ddev_contents.now)
+        for at in range(0, len(found), LB):
+            assert found[at : at + LB] in (bytes(LB), in_the_log[at : at + LB]), f"crash at operation {n}"

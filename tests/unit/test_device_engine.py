@@ -11,7 +11,7 @@ import pytest
 from tests.kit.device import DDEV, LDEV, Client, Op, make_disk, serving
 from tests.kit.simdisk import SimDisk
 from tests.kit.virtual import run
-from walbd.errors import BadState, Busy, DiskFailed, HistoryBroken, ReadOnlyDevice, Refused, WalbError
+from walbd.errors import BadState, Busy, DiskFailed, HistoryBroken, ReadOnlyDevice, Refused, Stopping, WalbError
 from walbd.format.superblock import read_superblock
 from walbd.protocol.nbd import Command, CommandFlag, Error, ExportFlag
 from walbd.storage.device.engine import Engine, Tuning
@@ -394,6 +394,74 @@ def test_a_sync_from_before_a_reset_says_nothing_about_the_new_log(seed: int) ->
         assert engine.core.lsids.in_order()
 
     device(body, seed=seed)
+
+
+async def unharmed(engine: Engine, client: Client) -> None:
+    """The tests below write these before and after the moment in question."""
+    assert await client.read(0, 20 * LB) == b"".join(block(i + 1) for i in range(20))
+    assert await client.read(50 * LB, LB) == block(99)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_reset_that_is_cancelled_loses_nothing(seed: int) -> None:
+    """Whoever asked for the reset leaves at some moment: log on disk and log in memory are one all the same."""
+    for turns in range(30):
+        disk = make_disk()
+
+        async def body(engine: Engine, client: Client, turns: int = turns) -> None:
+            for i in range(20):
+                await client.write(i, block(i + 1))
+            await engine.drain()
+            reset = asyncio.ensure_future(engine.reset_wal())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            reset.cancel()
+            await asyncio.wait({reset})
+            assert await client.write(50, block(99)) == 0
+            assert await client.flush() == 0
+
+        device(body, disk, seed=seed)
+        device(unharmed, disk.restart())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stop_during_a_reset_loses_nothing(seed: int) -> None:
+    for turns in range(30):
+        disk = make_disk()
+
+        async def body(engine: Engine, client: Client, turns: int = turns) -> None:
+            for i in range(20):
+                await client.write(i, block(i + 1))
+            await engine.drain()
+            reset = asyncio.ensure_future(engine.reset_wal())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            op = write_op(50, block(99))
+            client.submit(op)
+            await engine.stop()
+            await asyncio.wait({reset})
+            assert op.result == 0, "what was taken before the stop is still done"
+
+        device(body, disk, seed=seed)
+        device(unharmed, disk.restart())
+
+
+def test_no_operation_begins_while_the_device_is_stopped() -> None:
+    async def body(engine: Engine, client: Client) -> None:
+        await client.write(0, block(1))
+        engine.refuse_writes()
+        for operation in (
+            engine.reset_wal(),
+            engine.freeze(0),
+            engine.take_checkpoint(),
+            engine.set_oldest(0),
+            engine.resize(0),
+        ):
+            with pytest.raises(Stopping):
+                await operation
+        await engine.stop()
+
+    device(body)
 
 
 def test_freeze_during_reset_is_refused() -> None:

@@ -109,7 +109,9 @@ class FileSystem(Protocol):
         """Open an existing file or device; with `create`, a new file that must not exist yet.
 
         `direct` bypasses the page cache (aligned buffers, offsets and sizes are the caller's business;
-        a file system without O_DIRECT falls back to cached IO). `lock` takes an exclusive lock or raises Busy.
+        a file system without O_DIRECT falls back to cached IO). `lock` takes an exclusive lock or raises Busy; a
+        block device is also claimed from the kernel, which refuses it while it is mounted, swapped on or part
+        of another device.
         """
 
     def temp_file(self, directory: Path) -> TempFile:
@@ -361,9 +363,13 @@ class OsFileSystem:
         if create:
             flags |= os.O_CREAT | os.O_EXCL
         with disk_errors(path, "open"):
+            if lock and not create and stat.S_ISBLK(os.stat(path).st_mode):
+                flags |= os.O_EXCL
             try:
                 fd = os.open(path, flags | os.O_CLOEXEC | (os.O_DIRECT if direct else 0), 0o644)
             except OSError as exc:
+                if exc.errno == errno.EBUSY:
+                    raise Busy("the device is in use", hint="is it mounted, or served?", path=str(path)) from exc
                 if not direct or exc.errno != errno.EINVAL:
                     raise
                 fd = os.open(path, flags | os.O_CLOEXEC, 0o644)  # tmpfs and the like
@@ -452,6 +458,10 @@ class OsFileSystem:
     def data_ranges(self, file: File, begin_b: int = 0, end_b: int | None = None) -> Iterator[tuple[int, int]]:
         fd, end, offset = file.fileno(), file.size(), begin_b
         end = end if end_b is None else min(end, end_b)
+        if stat.S_ISBLK(os.fstat(fd).st_mode):  # they do not tell of holes
+            if offset < end:
+                yield offset, end - offset
+            return
         while offset < end:
             with disk_errors(file.path, "seek"):
                 try:
