@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
 
+from tests.kit.doctor_scene import Scene
 from walbd.cli import walbc_doctor
 from walbd.controller.doctor import Allowed, Consent, Doctor, Finding, Observation, Outcome, Step
 from walbd.controller.doctor.findings import finding
@@ -243,3 +245,122 @@ def test_what_a_person_at_a_terminal_is_asked(monkeypatch: pytest.MonkeyPatch) -
 def test_an_archive_that_is_given_up_must_be_one_of_the_group() -> None:
     with pytest.raises(UsageError):
         Doctor(Ctl(), GROUP, lost=["a9"])  # type: ignore[arg-type]
+
+
+# Checking that it is mended
+
+
+class Snapshots(Ctl):
+    """Takes snapshots: `gid` is the answer."""
+
+    def __init__(self, gid: int = 11, **failing: int) -> None:
+        super().__init__(**failing)
+        self.gid = gid
+
+    def snapshot(self, server: Any, vol: str, archives: list[Any], timeout_s: float) -> int:
+        assert timeout_s >= 60
+        self.called.append(f"snapshot {server.name} {vol} {' '.join(a.name for a in archives)}")
+        if self.failing.get("snapshot", 0):
+            raise Refused("not now", hint="later")
+        return self.gid
+
+
+class Verifying(Scripted):
+    """Sees this scene, whatever it finds."""
+
+    def __init__(self, ctl: Ctl, scene: Scene, *looks: list[Finding]) -> None:
+        super().__init__(ctl, *looks)
+        self.group = scene.group
+        self.scene = scene
+        self.n_looks = 0
+
+    def look(self) -> list[Finding]:
+        found = super().look()
+        self.n_looks += 1
+        self.observation = self.scene.observe(taken_s=self.ctl.calls.now())
+        self._learn(self.observation)
+        return found
+
+
+def verified(scene: Scene, ctl: Ctl, *looks: list[Finding]) -> Outcome:
+    return Verifying(ctl, scene, *looks).fix(Allowed(yes=True))
+
+
+def test_what_was_mended_must_become_restorable_everywhere() -> None:
+    ctl = Snapshots()
+    outcome = verified(Scene(), ctl, [START], [])
+    assert ctl.called == ["start p0 vol0", "snapshot s0 vol0 a0 a1"]
+    assert [(v.volume, v.gid, v.archives, v.error) for v in outcome.verified] == [("vol0", 11, ("a0", "a1"), None)]
+    assert outcome.is_well
+
+
+def test_a_snapshot_that_does_not_arrive_is_no_success() -> None:
+    ctl = Snapshots(snapshot=1)
+    outcome = verified(Scene(), ctl, [START], [])
+    (result,) = outcome.verified
+    assert isinstance(result.error, Refused)
+    assert not outcome.is_well
+    assert outcome.left == []
+
+
+@pytest.mark.parametrize("looks", [[[]], [[START]]], ids=["nothing to do", "nothing worked"])
+def test_nothing_is_verified_where_nothing_was_done(looks: list[list[Finding]]) -> None:
+    ctl = Snapshots(start=9)
+    outcome = verified(Scene(), ctl, *looks)
+    assert not [line for line in ctl.called if line.startswith("snapshot")]
+    assert outcome.verified == []
+
+
+@pytest.mark.parametrize(
+    ("scene", "snapshot"),
+    [
+        (Scene().part("a1", state="Stopped"), "snapshot s0 vol0 a0"),
+        (Scene().part("a1", state="SyncReady"), "snapshot s0 vol0 a0"),
+        (Scene().dead("p1").part("p0", hops=Scene().status["p0"].volumes[0].hops[:1]), "snapshot s0 vol0 a0"),
+        (Scene().part("s0", state="Stopped"), ""),
+        (Scene().part("s0", overflow=True), ""),
+        (Scene().part("a0", state="Stopped").part("a1", state="Stopped"), ""),
+        (Scene().server("s0", volumes=[]), ""),
+    ],
+    ids=["stopped", "empty", "not fed", "target stopped", "overflow", "all stopped", "no target"],
+)
+def test_only_archives_that_can_get_it_are_waited_for(scene: Scene, snapshot: str) -> None:
+    ctl = Snapshots()
+    outcome = verified(scene, ctl, [START], [])
+    assert ctl.called == ["start p0 vol0", *([snapshot] if snapshot else [])]
+    assert len(outcome.verified) == bool(snapshot)
+
+
+def test_only_volumes_that_were_worked_on_are_verified() -> None:
+    scene = Scene()
+    for name, status in list(scene.status.items()):
+        (v,) = status.volumes
+        scene.server(name, volumes=[v, msgspec.structs.replace(v, volume="vol1")])
+    ctl = Snapshots()
+    verified(scene, ctl, [START], [])
+    assert ctl.called == ["start p0 vol0", "snapshot s0 vol0 a0 a1"]
+
+
+def test_what_was_left_is_looked_at_again_after_a_snapshot() -> None:
+    """A lag, or a failed transfer, has gone by then."""
+    past = finding("lagging", "x", server="a0", volume="vol0")
+    doctor = Verifying(Snapshots(), Scene(), [START, past], [past], [])
+    outcome = doctor.fix(Allowed(yes=True))
+    assert (doctor.n_looks, outcome.left, outcome.is_well) == (3, [], True)
+    doctor = Verifying(Snapshots(snapshot=1), Scene(), [START, past], [past], [])
+    assert doctor.fix(Allowed(yes=True)).left == [past]
+    doctor = Verifying(Snapshots(), Scene(), [START], [], [past])
+    assert doctor.fix(Allowed(yes=True)).left == []  # nothing was left: no need to look
+    assert doctor.n_looks == 2
+
+
+@pytest.mark.parametrize(("age_s", "looks"), [(30, 1), (30.5, 2)])
+def test_how_old_what_was_seen_may_be(age_s: float, looks: int) -> None:
+    ctl = Ctl()
+
+    def ask(_found: Any) -> Allowed:
+        ctl.calls.time_s += age_s
+        return Allowed(yes=True)
+
+    fix(ctl, [BACKUP], [], allowed=Allowed(), ask=ask)
+    assert bool(ctl.called) is (looks == 1)

@@ -158,7 +158,7 @@ def _primary_lost(case: Case, promote_to: str) -> Finding:
     steps: tuple[Step, ...]
     waits = tuple(case.dead(k.K_PROXY))  # all of them must be told
     by_hand = ""
-    if promote_to and (promote_to in good or promote_to in vs):
+    if promote_to in vs:
         is_good = promote_to in good
         steps = _promote(case, promote_to)
         if is_good:
@@ -303,10 +303,6 @@ def _lag(case: Case, name: str, v: VolumeStatus) -> list[Finding]:
 
 def _secondary(case: Case, name: str) -> list[Finding]:
     vol, primary = case.vol, case.primary
-    if case.o.seen[name].status is None and name not in case.lost:
-        return []
-    if name not in case.lost and name not in case.o.seen:
-        return []
     if case.is_empty(name):
         return _secondary_lost(case, name)
     if not case.holds(name) or not case.holds(primary) or case.replicating:

@@ -65,7 +65,7 @@ def _lost(case: Case) -> list[Finding]:
         chains = [case.chain(a) for a in case.intent.archives if case.holds(a)]
         if chains and all(chain.is_whole for chain in chains):
             text += "; no diff is lost, so no backup is needed"
-        elif any(chain.missing for chain in chains):
+        elif any(chain.missing and not chain.not_asked for chain in chains):
             text += "; diffs are lost with it, see gap"
         else:
             text += "; whether diffs are lost with it is not known yet"

@@ -224,7 +224,7 @@ def _target(case: Case, v: VolumeStatus) -> list[Finding]:
         uuids: dict[str, str | int] = {"history_uuid": v.uuid, "device_log_uuid": v.log_uuid}
         text = f"the log of {case.vol} at {name} does not continue what was delivered: {v.error}"
         return [_backup_finding(case, "orphan", text, _log_evidence(v) | uuids)]
-    others = [s for s, other in case.storages.items() if s != name and other.state == k.sTarget]
+    others = [s for s, other in case.storages.items() if other.state == k.sTarget]
     if v.state == k.sStopped:
         if others:
             return []

@@ -81,10 +81,8 @@ def _successor(o: Observation, cases: Mapping[str, Case], lost: frozenset[str]) 
     """
     layout = o.layout
     primary = layout.archiveL[0].name if layout.archiveL else ""
-    if not primary or (o.seen[primary].status is None and primary not in lost):
-        return ""
     protected = [case for case in cases.values() if case.has_history]
-    if not protected or any(not case.is_empty(primary) for case in cases.values()):
+    if not primary or not protected or any(not case.is_empty(primary) for case in cases.values()):
         return ""
     others = [s.name for s in layout.archiveL[1:] if s.name not in lost]
     for wanted in (Case.is_good_copy, Case.holds):
