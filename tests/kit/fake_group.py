@@ -12,16 +12,19 @@ The fakes know states and move snapshots from storages over proxies to archives 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Coroutine
 from typing import Any, Self, TypeVar
 
 from tests.kit.fake_kinds import FakeArchive, FakeProxy, FakeStorage
 from tests.kit.fake_server import NOW, FakeServer, FakeVolume
+from tests.kit.process import release_ports
 from walbd.controller import Controller, ServerConnectionParam, ServerLayout
 from walbd.controller.progress import Progress
 from walbd.daemon.env import Env
 from walbd.errors import WalbError
+from walbd.protocol import control as c
 from walbd.protocol.base import Kind
 from walbd.protocol.codec import Request
 
@@ -80,6 +83,7 @@ class FakeGroup:
         self._thread.join()
         self._loop.close()
         self.env.pools.close()
+        release_ports(server.port for server in self.servers.values())
 
     def run(self, step: Coroutine[Any, Any, T]) -> T:
         """Run on the fakes' loop."""
@@ -155,9 +159,17 @@ class FakeGroup:
                         gids.clear()
 
     def changes(self) -> list[str]:
-        """Return the requests that may change something, oldest first, as `SERVER TAG [VOLUME]`."""
-        return [
-            " ".join(filter(None, (name, request.TAG, getattr(request, "volume", ""))))
+        """Return the requests that may change something, oldest first, as `SERVER TAG [VOLUME]`.
+
+        Kicks go to several servers at the same time: those that follow one another come by name.
+        """
+        changes = [
+            (request.TAG, " ".join(filter(None, (name, request.TAG, getattr(request, "volume", "")))))
             for name, request in self.requests
             if not request.TAG.startswith(("get-", "wait-", "archive-info-list", "archive-info-get"))
         ]
+        told: list[str] = []
+        for tag, run in itertools.groupby(changes, key=lambda change: change[0]):
+            texts = [text for _, text in run]
+            told += sorted(texts) if tag == c.Kick.TAG else texts
+        return told

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from tests.kit.process import WAIT_S, Process, free_port, run_walbd, start_all, wait_until
+from tests.kit.process import WAIT_S, Process, free_port, release_ports, run_walbd, start_all, wait_until
 from tests.kit.relay import Link, Relay
 from tests.kit.routes import RoutedClient
 from tests.kit.volume import Leg, Volume
@@ -36,8 +36,20 @@ from walbd.controller.layout import GroupLayout, VolumeEntry
 from walbd.errors import WalbError
 from walbd.protocol.control import FullBackup, GetState, GetStatus, HashBackup, VolumeStatus
 
-__all__ = ["WAIT_S", "Group", "Inexact", "Leg", "Process", "Volume", "free_port", "run_walbd", "wait_until"]
+__all__ = [
+    "CHECKPOINT_LINE",
+    "WAIT_S",
+    "Group",
+    "Inexact",
+    "Leg",
+    "Process",
+    "Volume",
+    "free_port",
+    "run_walbd",
+    "wait_until",
+]
 
+CHECKPOINT_LINE: Final = "checkpoint_interval_s = 0.5\n"  # log is given up after a checkpoint only
 _FILLER: Final = ".filler"
 
 
@@ -108,6 +120,7 @@ class Group:
             process.kill()
         self.ctl.close()
         self.relay.close()
+        release_ports(server.port for server in self.servers)
         for name in self.disks:
             if os.path.ismount(self.root / name):
                 _run("umount", str(self.root / name))
@@ -402,7 +415,7 @@ class Group:
         done = run_walbd(*create)
         assert done.returncode == 0, done.stderr
         with (directory / "device.toml").open("a") as config:
-            config.write("checkpoint_interval_s = 0.5\n")  # log is given up after a checkpoint only
+            config.write(CHECKPOINT_LINE)
         process = Process(f"dev-{name}{suffix}", ["device", "serve", name, "--base-dir", str(devices)], self.root)
         self.processes[process.name] = process
         return Leg(server.name, process, directory, ldev, ddev)

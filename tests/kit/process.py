@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-READY_S = 60.0
-WAIT_S = 30.0
+# Deadlines only end what hangs; a machine that is busy with other things must not reach them.
+READY_S = 180.0
+WAIT_S = 120.0
+_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def wait_until(condition: Callable[[], Any], what: str, *, timeout_s: float = WAIT_S) -> Any:
@@ -31,15 +33,25 @@ def wait_until(condition: Callable[[], Any], what: str, *, timeout_s: float = WA
     return value
 
 
-_reserved: list[int] = []  # descriptors whose locks keep our ports from other test processes
+_reserved: dict[int, int] = {}  # port: descriptor whose lock keeps it from other test processes
+
+
+def _listening_ports() -> range:
+    """Return ports that no outgoing connection is given by the kernel, if there are enough of them.
+
+    A connection that happens to have the port of a server which was killed would keep it from starting again.
+    """
+    first, last = map(int, _OUTGOING.read_text().split())
+    found = max(range(10000, first), range(last + 1, 1 << 16), key=len)
+    return found if len(found) >= 1000 else range(10000, 30000)
 
 
 def free_port() -> int:
-    """Return a TCP port that is free, lies below the range of outgoing connections, and is ours until we end."""
+    """Return a TCP port that is free, not used for outgoing connections, and ours until `release_ports`."""
     locks = Path(tempfile.gettempdir()) / f"walbd-test-ports-{os.getuid()}"
     locks.mkdir(exist_ok=True)
     while True:
-        port = random.SystemRandom().randrange(10000, 30000)
+        port = random.SystemRandom().choice(_listening_ports())
         fd = os.open(locks / str(port), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,8 +60,15 @@ def free_port() -> int:
         except OSError:
             os.close(fd)
             continue
-        _reserved.append(fd)
+        _reserved[port] = fd
         return port
+
+
+def release_ports(ports: Iterable[int]) -> None:
+    """Let others have these ports: each one that is ours keeps a file open."""
+    for port in ports:
+        if (fd := _reserved.pop(port, None)) is not None:
+            os.close(fd)
 
 
 def run_walbd(

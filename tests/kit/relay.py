@@ -47,6 +47,7 @@ class Link:
         self._delay_s = 0.0
         self._rate_b = 0.0  # [byte/s], 0: no limit
         self._cut_in: dict[Direction, int] = {}  # bytes that still pass before the link is cut
+        self._stall_in: int | None = None  # bytes out that still pass before nothing does
         self._flip_in: dict[Direction, list[int]] = {"out": [], "back": []}  # bytes that pass before a flipped bit
         self._sockets: set[socket.socket] = set()
         self._listener = socket.socket()
@@ -74,6 +75,10 @@ class Link:
         """Pass nothing on any more, in either direction, and close nothing, until `heal`."""
         self._relay.run(self._open.clear)
 
+    def resume(self) -> None:
+        """End `cut` and `blackhole`. What is to happen after some bytes stays, if it was asked for since then."""
+        self._relay.run(self._resume)
+
     def heal(self) -> None:
         """End everything that was done to the link."""
         self._relay.run(self._heal)
@@ -90,6 +95,10 @@ class Link:
         """Pass exactly `size_b` more bytes in that direction, then cut."""
         self._relay.run(lambda: self._cut_in.update({direction: size_b}))
 
+    def stall_after(self, size_b: int) -> None:
+        """Pass that many more bytes out, and at most a piece more; then nothing any more, as `blackhole` does."""
+        self._relay.run(lambda: setattr(self, "_stall_in", size_b))
+
     def corrupt(self, after_b: int, direction: Direction = "out") -> None:
         """Flip one bit of the byte that comes when `after_b` more bytes have passed in that direction."""
         self._relay.run(lambda: self._flip_in[direction].append(after_b))
@@ -97,6 +106,10 @@ class Link:
     @property
     def is_cut(self) -> bool:
         return self._is_cut
+
+    @property
+    def is_silent(self) -> bool:
+        return not self._open.is_set()
 
     # On the loop
 
@@ -109,11 +122,15 @@ class Link:
         for sock in list(self._sockets):
             self._close(sock)
 
-    def _heal(self) -> None:
+    def _resume(self) -> None:
         self._is_cut = False
         self._open.set()
+
+    def _heal(self) -> None:
+        self._resume()
         self._delay_s = self._rate_b = 0.0
         self._cut_in.clear()
+        self._stall_in = None
         for flips in self._flip_in.values():
             flips.clear()
 
@@ -221,6 +238,10 @@ class Link:
         await loop.sock_sendall(dst, self._flipped(data, way))
         if way == "out":
             self.sent_b += len(data)
+            if self._stall_in is not None:
+                self._stall_in -= len(data)
+                if self._stall_in <= 0:
+                    self._open.clear()
         else:
             self.received_b += len(data)
         if self._cut_in.get(way) == 0:

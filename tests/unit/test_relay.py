@@ -148,3 +148,22 @@ def test_nobody_behind_it(link: Link) -> None:
     with connect(link) as sock, pytest.raises(ConnectionResetError):
         sock.recv(1)
     wait_until(lambda: link.connections == 1, "the connection to be counted")
+
+
+def test_silent_after_so_many_bytes_and_going_on_until_it_is_cut(link: Link) -> None:
+    link.stall_after(100_000)
+    with connect(link) as sock:
+        sender = threading.Thread(target=exchange, args=(sock, DATA))
+        sender.start()
+        wait_until(lambda: link.is_silent, "the link to fall silent")
+        assert link.sent_b >= 100_000
+        assert (link.is_silent, link.is_cut) == (True, False)
+        link.cut()
+        sender.join(10)
+    link.cut_after(1000)
+    link.resume()  # what is to come stays
+    sent = link.sent_b
+    with connect(link) as sock:
+        exchange(sock, DATA)
+    assert link.is_cut
+    assert link.sent_b == sent + 1000
