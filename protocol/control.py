@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import field
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
@@ -602,6 +602,9 @@ class ProxyHealth(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
+DAMAGED_MAX: Final = 100  # of a hop that a status names
+
+
 class HopStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What waits for one destination of a volume (proxy: an archive)."""
 
@@ -616,6 +619,7 @@ class HopStatus(msgspec.Struct, frozen=True, kw_only=True):
     last_sent: int
     error: bool
     error_text: str = ""
+    damaged: list[tuple[int, int]] = []  # proxy: begin and end of wdiffs that were damaged here and put aside
 
 
 class VolumeStatus(msgspec.Struct, frozen=True, kw_only=True):

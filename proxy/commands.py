@@ -166,7 +166,9 @@ class Commands:
                 volume.stop_job = 0
             self._sends.forget(volume)
         unsent = sum(len(hop.diffs) for hop in volume.hops.values())
-        return {"mode": str(mode), "unsent": unsent}
+        damaged = sum(len(hop.damaged) for hop in volume.hops.values())
+        result: dict[str, Fact] = {"mode": str(mode), "unsent": unsent}
+        return result | {"damaged": damaged} if damaged else result
 
     async def _stop_empty(self, volume: Volume, job: Job) -> None:
         """Send everything, then stop; the caller has set the stop flag, so that no more wlogs come in."""
@@ -222,7 +224,7 @@ def check_info(info: ArchiveInfo) -> None:
 
 def why_unsent(volume: Volume) -> str:
     """Return what a stop that sends everything first does now, with what hinders it."""
-    why = [f"{hop.archive}: {hop.error_text}" for hop in volume.hops.values() if hop.diffs and hop.error_text]
+    why = [f"{hop.archive}: {hop.problem}" for hop in volume.hops.values() if hop.diffs and hop.problem]
     return f"{_SENDING} ({'; '.join(sorted(why))})"[:_PHASE_LEN_MAX] if why else _SENDING
 
 

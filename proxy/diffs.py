@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from walbd.format.meta import Diff, DiffIndex
+from walbd.format.meta import Diff, DiffIndex, diff_name
 
 
 class DiffSet:
@@ -51,6 +51,11 @@ class DiffSet:
     def find(self, diff: Diff) -> Diff | None:
         """Return the diff between the same snapshots, with its own flags and time."""
         return self._index.find(diff.begin, diff.end)
+
+    def same(self, diff: Diff) -> Diff | None:
+        """Return the diff that has the same file name: the same snapshots, flags and time."""
+        found = self.find(diff)
+        return found if found is not None and diff_name(found) == diff_name(diff) else None
 
     def put(self, diff: Diff, receipt: int) -> None:
         """Add a diff; one between the same snapshots is replaced."""

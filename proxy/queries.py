@@ -17,6 +17,7 @@ from walbd.ids import NO_GID
 from walbd.protocol.base import Fact
 from walbd.protocol.codec import Request
 from walbd.protocol.control import (
+    DAMAGED_MAX,
     Actions,
     ArchiveInfo,
     BoolValue,
@@ -113,7 +114,7 @@ class Queries:
     async def is_wdiff_send_error(self, _conn: Connection, request: GetIsWdiffSendError) -> BoolValue:
         volume = self._find(request.volume)
         volume.check(Command.GET_SEND_ERROR)
-        return BoolValue(value=volume.hop(request.archive).needs_person)
+        return BoolValue(value=volume.hop(request.archive).is_wrong)
 
     async def proxy_diff(self, _conn: Connection, request: GetProxyDiff) -> Diffs:
         volume = self._find(request.volume)
@@ -198,8 +199,9 @@ def hop_status(hop: Hop) -> HopStatus:
         gid_e=hop.diffs.gid_e,
         oldest=first.timestamp if first is not None else 0,
         last_sent=hop.last_sent,
-        error=hop.needs_person,
-        error_text=hop.error_text,
+        error=hop.is_wrong,
+        error_text=hop.problem,
+        damaged=[(int(diff.begin.gid_b), int(diff.end.gid_b)) for diff in hop.damaged[:DAMAGED_MAX]],
     )
 
 

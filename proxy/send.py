@@ -15,6 +15,7 @@ import structlog
 
 from walbd.daemon.conn import Connection, Me, dial
 from walbd.daemon.env import Env
+from walbd.daemon.logs import error_fields
 from walbd.daemon.net import parse_address
 from walbd.daemon.scheduler import ASK_AGAIN_S, Again
 from walbd.daemon.wdiff_send import send_wdiff
@@ -35,7 +36,7 @@ from walbd.protocol.transfer import Verdict, WdiffOffer, WdiffVerdict
 from walbd.proxy.config import ProxyConfig
 from walbd.proxy.probe import Prober
 from walbd.proxy.states import WDIFF_SEND
-from walbd.proxy.volume import Hop, Selection, Volume
+from walbd.proxy.volume import MENDS, Hop, Selection, Volume
 
 log = structlog.get_logger()
 
@@ -114,8 +115,13 @@ class Sender:
                 return await volume.unless_forced(self._attempt(volume, hop))
             except ForceStopped:
                 return None
-            except (CorruptData, WrongArchive) as exc:
+            except CorruptData as exc:
+                return await self._damaged(volume, hop, exc)
+            except WrongArchive as exc:
                 return self._flag(hop, str(exc), exc)
+            except DiskFailed as exc:
+                hop.flag(str(exc))  # our disk does not heal by waiting; it is tried again all the same
+                raise
             except WalbError as exc:
                 hop.error_text = str(exc)
                 raise
@@ -182,9 +188,11 @@ class Sender:
         self, answer: WdiffVerdict, conn: Connection, volume: Volume, hop: Hop, chosen: Selection
     ) -> Again | None:
         verdict = answer.verdict
+        hop.learn(answer.latest)
         if verdict is Verdict.ACCEPT:
             await self._stream(conn, hop, chosen)
             hop.last_sent = self._env.clock.now()
+            hop.learn(chosen.merged.end)
         elif verdict in NEVER_NEEDED:
             log.warning(
                 "wdiff.not_needed",
@@ -223,6 +231,26 @@ class Sender:
             size_b=size_b,
             elapsed_s=round(loop.time() - started, 3),
         )
+
+    async def _damaged(self, volume: Volume, hop: Hop, error: CorruptData) -> Again:
+        """Put a damaged wdiff aside, so that the archive can say of what follows that it is too new.
+
+        It would never come right here. But another proxy may have the same, and so may another archive; a hash
+        backup makes it needless. Until one of that happens what follows waits.
+        """
+        try:
+            diff = await volume.put_aside(hop, error)
+        except WalbError as exc:
+            return self._flag(hop, f"{error}; and it cannot be put aside: {exc}", exc)
+        if diff is None:
+            return self._flag(hop, str(error), error)
+        log.error(
+            "wdiff.damaged",
+            diff=str(diff),
+            hint=f"unless another proxy or archive has it, {MENDS}: see docs/recovery.md, wdiff-damaged",
+            **{key: value for key, value in error_fields(error).items() if key != "hint"},
+        )
+        return Again()
 
     def _flag(self, hop: Hop, text: str, error: WalbError | None) -> Again:
         """Raise the error flag and try again slowly."""

@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from walbd.daemon.record import RECORD_NAME, load_record, save_record
-from walbd.errors import AlreadyExists, CorruptData, NotFound
+from walbd.errors import AlreadyExists, CorruptData, DiskFailed, NotFound
 from walbd.format.meta import BadLabel, Diff, DiffIndex, diff_name, is_diff_name, parse_diff_name
 from walbd.format.wdiff_read import open_wdiff
 from walbd.fs import TMP_PREFIX, FileSystem, failpoints
@@ -32,6 +32,7 @@ log = structlog.get_logger()
 RECEIVED: Final = "received"
 SENDTO: Final = "sendto"
 QUARANTINED: Final = ".quarantined"  # suffix of a wdiff that was put aside: kept, never sent
+DAMAGED: Final = ".damaged"  # the same, of one whose bytes are not what they were
 _OTHER: Final = re.compile(r"(.+)\.other-[0-9a-f]{32}")  # a wdiff, and the history (uuid) that it is of
 
 FP_RECORD_BEFORE_SAVE: Final = failpoints.register(
@@ -51,6 +52,12 @@ FP_WDIFF_AFTER_LINK: Final = failpoints.register(
 )
 FP_WDIFF_BEFORE_UNLINK: Final = failpoints.register(
     "proxy.wdiff.before_unlink_received", "the same, with some of them gone from received/"
+)
+FP_WDIFF_BEFORE_ASIDE: Final = failpoints.register(
+    "proxy.wdiff.before_aside", "a damaged wdiff under its own name: the next send finds it again"
+)
+FP_WDIFF_AFTER_ASIDE: Final = failpoints.register(
+    "proxy.wdiff.after_aside", "a damaged wdiff that is put aside: start-up lists it as missing"
 )
 FP_SEND_BEFORE_DELETE: Final = failpoints.register(
     "proxy.send.before_delete", "wdiffs that the archive has: they are offered again and refused as too old"
@@ -84,6 +91,7 @@ class Listing:
     received: DiffIndex = field(default_factory=DiffIndex)
     sendto: dict[str, DiffIndex] = field(default_factory=dict)
     others: dict[str, Others] = field(default_factory=dict)  # by archive
+    damaged: dict[str, list[Diff]] = field(default_factory=dict)  # put aside, by archive
     troubles: list[str] = field(default_factory=list)  # files and directories that a person should look at
 
 
@@ -180,6 +188,7 @@ class VolumeStore:
             if name in wanted and self.fs.is_dir(path):
                 listing.others[name] = {}
                 listing.sendto[name] = self._list_diffs(path, listing.troubles, listing.others[name])
+                listing.damaged[name] = self._list_damaged(path)
             else:
                 # Only what the record says to be deleted is deleted: this may be what is left of an archive
                 # that was lost from the record, with wdiffs that nobody else has.
@@ -208,6 +217,20 @@ class VolumeStore:
                 self._quarantine(target, diff_name(known), "a newer wdiff of the same snapshots was received")
         self.fs.sync_dir(target)
         return others
+
+    def put_aside_damaged(self, archive: str, diff: Diff) -> None:
+        """Take a damaged wdiff out of what an archive is to get; it is kept under a longer name.
+
+        A crash, or a sync that fails, may bring the old name back: then it is found to be damaged once more.
+        """
+        target, name = self.sendto(archive), diff_name(diff)
+        _hit(FP_WDIFF_BEFORE_ASIDE, target, "rename")
+        self.fs.rename(target / name, target / (name + DAMAGED))
+        try:
+            self.fs.sync_dir(target)
+            _hit(FP_WDIFF_AFTER_ASIDE, target, "sync")
+        except DiskFailed as exc:
+            log.warning("wdiff.aside_not_synced", path=str(target / name), error=str(exc))
 
     def set_aside_received(self, diff: Diff) -> None:
         """Put a received wdiff aside: one of the same snapshots, under another name, has come since."""
@@ -283,6 +306,8 @@ class VolumeStore:
             except BadLabel:
                 if is_diff_name(name):
                     troubles.append(f"not the name of a wdiff: {path / name}")
+                elif name.endswith(DAMAGED) and others is not None:
+                    pass  # `_list_damaged`
                 elif name.endswith(QUARANTINED):
                     troubles.append(f"a wdiff that was put aside: {path / name}")
                 else:
@@ -296,6 +321,17 @@ class VolumeStore:
             if not beside[diff]:
                 del beside[diff]
         return index
+
+    def _list_damaged(self, path: Path) -> list[Diff]:
+        """Return the labels of damaged wdiffs that were put aside, by begin gid."""
+        found = []
+        for name in self.fs.list_names(path):
+            if name.endswith(DAMAGED):
+                try:
+                    found.append(parse_diff_name(name.removesuffix(DAMAGED), size_b=self.fs.size_of(path / name)))
+                except BadLabel:
+                    log.warning("volume.trouble_found", path=str(path), trouble=f"not a wdiff: {name}")
+        return sorted(found, key=lambda diff: (diff.begin.gid_b, diff.end.gid_b))
 
     def _set_other_aside(self, source: Path, target: Path, known: Diff) -> str:
         """Rename a wdiff that is of another history than `source`; return its name then, empty if it is not."""

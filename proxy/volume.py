@@ -25,7 +25,8 @@ from walbd.daemon.logs import error_fields
 from walbd.daemon.states import Machine, StopMode
 from walbd.daemon.tasks import uninterrupted
 from walbd.errors import AlreadyExists, BadState, CorruptData, DiskFailed, ForceStopped, NotFound, WalbError
-from walbd.format.meta import Diff, diff_name, merge_all
+from walbd.format.meta import BadLabel, Diff, Snapshot, diff_name, merge_all, parse_diff_name
+from walbd.format.wdiff_merge import verify
 from walbd.format.wdiff_read import WdiffReader, open_wdiff
 from walbd.fs import File, FileSystem
 from walbd.protocol.control import ArchiveInfo
@@ -38,7 +39,10 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
+MENDS: Final = "only a hash backup of the volume continues it"
+
 _NO_MORE_FILES: Final = (errno.EMFILE, errno.ENFILE)
+_NAMES_MAX: Final = 3  # of damaged wdiffs in a text
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Hop:
     entry: ArchiveEntry
     diffs: DiffSet = field(default_factory=DiffSet)
     others: Others = field(default_factory=dict)  # of other histories, with the same snapshots as one in `diffs`
+    damaged: list[Diff] = field(default_factory=list)  # put aside, and not known to be with the archive
     needs_person: bool = False  # the error flag: something that does not go away by waiting
     error_text: str = ""  # why the last attempt did not succeed; empty when it did
     refused: bool = False  # the last offer was not taken: the next one asks with a single wdiff
@@ -62,6 +67,26 @@ class Hop:
     def clear_flag(self) -> None:
         """Forget that the last attempt failed."""
         self.needs_person, self.error_text, self.refused = False, "", False
+
+    def learn(self, latest: Snapshot | None) -> None:
+        """The archive has told its newest snapshot: what led below it was lost for nothing, or is not missed."""
+        if latest is not None and not latest.is_none:
+            self.damaged = [diff for diff in self.damaged if diff.end.gid_b > latest.gid_b]
+
+    @property
+    def is_wrong(self) -> bool:
+        """Waiting alone does not help."""
+        return self.needs_person or bool(self.damaged)
+
+    @property
+    def problem(self) -> str:
+        """Why what waits is not at the archive, as far as that is known; empty when nothing is wrong."""
+        if not self.damaged:
+            return self.error_text
+        names = ", ".join(map(str, self.damaged[:_NAMES_MAX]))
+        more = f" and {len(self.damaged) - _NAMES_MAX} more" if len(self.damaged) > _NAMES_MAX else ""
+        text = f"damaged here and put aside: {names}{more}: unless the archive gets that from elsewhere, {MENDS}"
+        return f"{text}; {self.error_text}" if self.error_text else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,12 +380,45 @@ class Volume:
             again = [diff for diff in removed if diff in hop.others] if other_history else []
             others = [] if other_history else [name for diff in removed for name in hop.others.pop(diff, ())]
             try:
-                await run(Pool.SEND, store.unlink_sent, hop.archive, removed, others)
-                for diff in again:
+                for diff in again:  # first: it takes the name of the one that goes, whatever else fails
                     await self._bring_back(hop, diff)
+                gone = [diff for diff in removed if hop.diffs.same(diff) is None]
+                await run(Pool.SEND, store.unlink_sent, hop.archive, gone, others)
             except DiskFailed as exc:
                 log.warning("wdiff.unlink_failed", volume=self.name, archive=hop.archive, **error_fields(exc))
         return len(removed)
+
+    async def put_aside(self, hop: Hop, error: CorruptData) -> Diff | None:
+        """Take the wdiff that an error speaks of out of what an archive is to get, if it is really damaged.
+
+        It is read again, all of it. Returns its label; None when it is no wdiff of this archive, was replaced
+        meanwhile, or is good now. Raises DiskFailed when it cannot be told. Nothing is deleted, and nothing may be
+        appended to what is before it any more: the archive refuses what follows as too new.
+        """
+        path = Path(str(error.facts.get("path", "")))
+        try:
+            diff = hop.diffs.same(parse_diff_name(path.name, size_b=0))
+        except BadLabel:
+            return None
+        if diff is None or path != self._store.sendto(hop.archive) / diff_name(diff):
+            return None
+        receipt = hop.diffs.receipt(diff)
+        if await self._env.pools.run(Pool.SEND, is_good, self._env.fs, path):
+            return None
+
+        async def steps() -> Diff | None:
+            async with self._lock:
+                if hop.diffs.same(diff) is None or hop.diffs.receipt(diff) != receipt:
+                    return None
+                await self._env.pools.run(Pool.RECORD, self._store.put_aside_damaged, hop.archive, diff)
+                hop.diffs.remove([(diff, receipt)])
+                hop.damaged = [*(each for each in hop.damaged if each != diff), diff]
+                self.machine.changed.set()
+                if diff in hop.others:  # which history the damaged one was of cannot be known
+                    await self._bring_back(hop, diff)
+                return diff
+
+        return await uninterrupted(steps())
 
     # --- inside
 
@@ -384,6 +442,7 @@ class Volume:
                 hop = self.hops.setdefault(archive, Hop(archive, entry))
                 hop.diffs = DiffSet(listing.sendto[archive])
                 hop.others = listing.others[archive]
+                hop.damaged = listing.damaged[archive]
 
     async def _link_received(self) -> None:
         """As `link_received`, for callers that hold the lock."""
@@ -420,6 +479,18 @@ class Volume:
 
     def _forget(self) -> None:
         self.record, self.received, self.hops, self.troubles = VolumeRecord(), DiffSet(), {}, []
+
+
+def is_good(fs: FileSystem, path: Path) -> bool:
+    """Read a wdiff completely; tell whether its bytes are what they should be. Blocking. Raises DiskFailed."""
+    try:
+        with fs.open(path) as file:
+            verify(open_wdiff(file))
+    except CorruptData:
+        return False
+    except NotFound:
+        return True  # whoever removed it knows
+    return True
 
 
 def open_wdiffs(

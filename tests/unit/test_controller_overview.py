@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.kit.fake_group import NOW, FakeGroup, FakeVolume
@@ -168,6 +170,25 @@ def test_send_error(group: FakeGroup) -> None:
     assert codes(view) == [("error", "send-error", "p0")]
     assert view.alarms[0].text == "cannot send to a0: smaller-lv-size"
     assert "kick-all p0" in view.alarms[0].hint
+
+
+@pytest.mark.parametrize(("behind", "found"), [(1, [("error", "wdiff-damaged", "p0")]), (0, [])])
+def test_what_was_damaged_at_a_proxy(group: FakeGroup, behind: int, found: list[tuple[str, str, str]]) -> None:
+    """It matters until the archive has got past it."""
+    replies = dict(group.ctl.ask_each(group.layout.get_all(), c.GetStatus()))
+    at_archive, at_proxy = replies[group.a[0]], replies[group.p[0]]
+    assert isinstance(at_archive, c.StatusReply)
+    assert isinstance(at_proxy, c.StatusReply)
+    end = at_archive.volumes[0].latest_gid + behind
+    (v,) = at_proxy.volumes
+    hops = [
+        msgspec.structs.replace(hop, error=True, error_text="damaged here: |0|-->|1|", damaged=[(0, end)])
+        for hop in v.hops
+    ]
+    replies[group.p[0]] = dataclasses.replace(at_proxy, volumes=[msgspec.structs.replace(v, hops=hops)])
+    view = make_overview(replies, {}, "", group.layout)
+    assert codes(view) == found
+    assert all("damaged here" in alarm.text for alarm in view.alarms)
 
 
 def test_proxies_as_a_storage_sees_them(group: FakeGroup) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 import pytest
@@ -229,6 +230,26 @@ def test_an_archive_refuses_for_another_reason() -> None:
 
 
 # Proxies
+
+
+def test_diffs_that_were_damaged_at_a_proxy() -> None:
+    flagged: dict[str, Any] = {"error": True, "error_text": "damaged here and put aside: |10|-->|11|"}
+    scene = (
+        Scene().part("s0", done_gid=12, latest_gid=12).waits("p0", "a0", diff(11, 12)).part("a1", latest_gid=12)
+    )
+    scene.hop("p0", "a0", damaged=[(10, 11)], **flagged)
+    damaged, gap = scene.look()
+    assert (damaged.code, damaged.server, damaged.word) == ("wdiff-damaged", "p0", Word.ERROR)
+    assert damaged.evidence["damaged"] == gap.evidence["missing"] == "10..11"
+    assert "walbc hash-backup vol0 --storage s0" in damaged.by_hand
+    assert (gap.code, gap.evidence["filled_from"]) == ("gap", "a1")
+    scene.part("a0", latest_gid=12)
+    assert scene.look() == []  # the archive has it from elsewhere
+    scene.part("a1", latest_gid=10).waits("p0", "a1", diff(11, 12)).hop("p0", "a1", damaged=[(10, 11)], **flagged)
+    found = {f.code: f for f in scene.look()}
+    assert found.keys() == {"wdiff-damaged", "replica-gap"}
+    assert found["wdiff-damaged"].word is Word.WARN
+    assert "walbc replicate vol0 a1 --from a0" in found["wdiff-damaged"].by_hand
 
 
 def test_a_proxy_has_lost_a_volume_and_nothing_is_missing() -> None:

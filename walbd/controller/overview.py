@@ -332,7 +332,11 @@ class _Look:
         text = f"{hop.diffs} diff{'s' * (hop.diffs != 1)}, {_behind(lag_s, hop.size_b)} to send"
         if hop.sending:
             text += ", sending"
-        if hop.error:
+        if self.misses(v.volume, hop):
+            why = f"wdiffs for {hop.dest} were damaged: {hop.error_text}"
+            hint = f"see wdiff-damaged in `walbc doctor {v.volume}`"
+            word = worst([word, self.alarm(Word.ERROR, "wdiff-damaged", s.name, v.volume, why, hint)])
+        elif hop.error and not hop.damaged:
             why = hop.error_text or "the archive refused them"
             hint = f"put it right at {hop.dest}, then: walbc kick-all {s.name}"
             word = worst(
@@ -357,6 +361,11 @@ class _Look:
             lag_s=lag_s,
             lag_b=hop.size_b,
         )
+
+    def misses(self, vol: str, hop: HopStatus) -> bool:
+        """Say whether an archive lacks what was damaged on its way, as far as it has told."""
+        latest = [v.latest_gid for s, v in self.parts(k.K_ARCHIVE, vol) if s.name == hop.dest]
+        return any(end > max(latest, default=0) for _, end in hop.damaged)
 
     def archive_part(self, s: Server, v: VolumeStatus) -> Part:
         words = [self.broken(s, v)]

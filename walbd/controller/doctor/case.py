@@ -224,6 +224,12 @@ class Case:
             not_asked=self.not_asked(),
         )
 
+    def damaged(self, proxy: str, archive: str) -> list[tuple[int, int]]:
+        """Return the generations in diffs that were damaged at a proxy, where the archive does not have them."""
+        hop = self.hop(proxy, archive)
+        head = self.archives[archive].latest_gid if self.holds(archive) else 0
+        return [(begin, end) for begin, end in hop.damaged if end > head] if hop is not None else []
+
     def replication_to(self, archive: str) -> ReplicationView | None:
         """Return the replication by which the primary archive's policy keeps another one up to date."""
         policy = self.o.policies.get((self.primary, self.vol))

@@ -6,6 +6,7 @@ from walbd.controller import constants as k
 from walbd.controller.doctor.case import Case
 from walbd.controller.doctor.findings import Finding, finding
 from walbd.controller.doctor.steps import Consent, Ref, Step
+from walbd.controller.overview import Word
 from walbd.protocol.control import HopStatus, VolumeStatus
 from walbd.units import LB, format_size
 
@@ -148,7 +149,9 @@ def _hop(case: Case, px: str, hop: HopStatus) -> list[Finding]:
                 steps=(Step("add_archive_to_proxy", (Ref(px), case.vol, Ref(hop.dest))),),
             )
         ]
-    if hop.error and case.holds(hop.dest) and not _is_smaller(case, hop.dest):
+    if case.damaged(px, hop.dest):
+        return [_damaged(case, px, hop)]
+    if hop.error and not hop.damaged and case.holds(hop.dest) and not _is_smaller(case, hop.dest):
         return [
             finding(
                 "send-error",
@@ -162,6 +165,33 @@ def _hop(case: Case, px: str, hop: HopStatus) -> list[Finding]:
             )
         ]
     return []
+
+
+def _damaged(case: Case, px: str, hop: HopStatus) -> Finding:
+    """What mends it is the step of `gap` or `replica-gap`: those are proved from the generations, and may know of
+    another archive that has what is missing.
+    """
+    lost = ", ".join(f"{begin}..{end}" for begin, end in case.damaged(px, hop.dest))
+    is_primary = hop.dest == case.primary
+    mends = f"walbc hash-backup {case.vol} --storage {case.intent.target or 'STORAGE'}"
+    if not is_primary:
+        mends = f"walbc replicate {case.vol} {hop.dest} --from {case.primary}"
+    return finding(
+        "wdiff-damaged",
+        f"diffs of {case.vol} for {hop.dest} were damaged on the disk of {px} and are put aside: {lost}",
+        word=Word.ERROR if is_primary else Word.WARN,
+        server=px,
+        volume=case.vol,
+        evidence={
+            "archive": hop.dest,
+            "damaged": lost,
+            "error": hop.error_text,
+            "waiting_diffs": hop.diffs,
+            "waiting_b": hop.size_b,
+        },
+        by_hand=f"see the disk of {px}; {'gap' if is_primary else 'replica-gap'} mends it, or by hand: {mends}",
+        look_again=True,  # another proxy may bring the same
+    )
 
 
 def _is_smaller(case: Case, archive: str) -> bool:

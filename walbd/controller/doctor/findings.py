@@ -88,6 +88,9 @@ CODES: Final[Mapping[str, Kind]] = {
     "unwanted-feed": Kind(
         _W, FEEDING, "a proxy sends to an archive that is not wanted", "diffs may pile up for nobody"
     ),
+    "wdiff-damaged": Kind(
+        _E, FEEDING, "diffs were damaged at a proxy and are put aside", "what follows them can never be applied"
+    ),
     # archives
     "primary-data-lost": Kind(
         _E, ARCHIVES, "the primary archive has lost a volume", "the history; backup does not go on"
