@@ -17,7 +17,7 @@ from walbd.archive.slots import Slots
 from walbd.archive.states import State
 from walbd.daemon.conn import Connection, Me
 from walbd.daemon.states import StopMode
-from walbd.errors import ConnectError, RemoteError
+from walbd.errors import RemoteError
 from walbd.format.compress import CompressOpt
 from walbd.format.meta import Diff, Snapshot, diff_name
 from walbd.format.wdiff import WdiffHeader, WdiffType
@@ -436,6 +436,7 @@ async def test_dirty_diff_is_taken_and_named(feed: Feed, tmp_path: Path) -> None
     diff = Diff(Snapshot.clean(3), Snapshot(Gid(4), Gid(6)), timestamp=NOW)
     data = make_wdiff({1: b"q" * 512}, feed.uuid)
     async with feed.rig.dial(PROXY) as conn:
+    assert caught.value.remote_code == "not-reachable"
         assert await offer_wdiff(conn, VOL, diff, data, uuid=feed.uuid, size_lb=64) == Ok()
     assert (tmp_path / VOL / diff_name(diff)).exists()
     assert await feed.rig.points(VOL) == [0, 1, 2, 3]

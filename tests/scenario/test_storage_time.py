@@ -194,7 +194,7 @@ def test_implicit_snapshots_have_their_interval(tmp_path: Path) -> None:
             await asyncio.sleep(0.1)
         queue = rig.server.volumes[VOL].record.queue
         gaps = [b.timestamp - a.timestamp for a, b in pairwise(queue)]
-        assert gaps
+        assert len(gaps) >= 30  # in 100 s
         assert all(gap >= 2 for gap in gaps[1:])
         rig.proxy.refusal = None
         await rig.until_delivered()

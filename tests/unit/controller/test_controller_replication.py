@@ -60,10 +60,14 @@ def test_replicate_up_to_a_generation(copied: FakeGroup) -> None:
 
 def test_replicate_in_two_halves(copied: FakeGroup) -> None:
     ctl, (a0, a1) = copied.ctl, copied.a
+    ctl.snapshot(copied.s[0], "vol0", copied.a[:1])
     copied.hold("replicate")
     gid = ctl.replicate_once_nbk(a0, "vol0", a1)
+    assert gid == 4
+    assert gid not in ctl.get_restorable_gid(a1, "vol0")
     copied.release("replicate")
     ctl.wait_for_replicated(a0, "vol0", a1, gid)
+    assert gid in ctl.get_restorable_gid(a1, "vol0")
     ctl.wait_for_replicated(a0, "vol0", a1, gid)  # it holds still
 
 
