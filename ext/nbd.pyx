@@ -70,9 +70,11 @@ cdef enum:
 
     CHUNK_CLASS_B = (1 << 20) + (1 << 16)  # so that a request of 1 MiB fits whole
     SPARE_MAX = 64  # chunks kept for the next use
+    COST_B = 1024
 
 
 CHUNK_B = CHUNK_CLASS_B  # the usual size of a receive buffer [byte]
+REQUEST_COST_B = COST_B  # of memory for a request that is not answered, besides its data: tables, tasks
 
 cdef uint8_t* _spare[SPARE_MAX]
 cdef int _n_spare = 0
@@ -114,11 +116,13 @@ cdef class Chunk:
 
 
 def parse_requests(const uint8_t[::1] data not None, Py_ssize_t begin, Py_ssize_t end, uint64_t size_b,
-                   uint32_t length_max_b, bint read_only=False):
+                   uint32_t length_max_b, bint read_only=False, uint64_t room_b=0xffffffffffffffff):
     """Cut the complete requests in `data[begin:end]` into three tables, each in order of arrival.
 
-    Returns (consumed, need, writes, n_fua, write_b, reads, read_b, others):
-    `consumed`: where the first incomplete request begins; `need`: how many bytes it will have in all;
+    Ends early when what was taken costs `room_b` or more: data of reads and writes, and REQUEST_COST_B for each.
+    At least one request is taken. Returns (consumed, need, writes, n_fua, write_b, reads, read_b, others):
+    `consumed`: where the first request that was not taken begins; `need`: how many bytes it will have in all, or
+    those of a header if that was not looked at yet;
     `writes`: valid WRITE, TRIM and WRITE_ZEROES, aligned to 512 bytes and inside a volume of `size_b` bytes;
     `n_fua` of them have FUA; `write_b`: their payload [byte];
     `reads`: valid READs, and their size `read_b` [byte]; `others`: everything else, and what is refused, with
@@ -134,6 +138,7 @@ def parse_requests(const uint8_t[::1] data not None, Py_ssize_t begin, Py_ssize_
     cdef Py_ssize_t n_fua = 0
     cdef uint64_t write_b = 0
     cdef uint64_t read_b = 0
+    cdef uint64_t cost_b = 0
     cdef const uint8_t* p
     cdef walb_request q
     cdef walb_request* writes = NULL
@@ -142,7 +147,7 @@ def parse_requests(const uint8_t[::1] data not None, Py_ssize_t begin, Py_ssize_
     if not 0 <= begin <= end <= data.shape[0]:
         raise ValueError("bad range of the buffer")
     # First count, then fill: the tables get their exact sizes.
-    while end - pos >= REQUEST_B:
+    while end - pos >= REQUEST_B and (cost_b < room_b or pos == begin):
         p = &data[pos]
         if _load32(p) != REQUEST_MAGIC:
             raise RemoteProtocolError("not an NBD request", magic=f"{_load32(p):#x}")
@@ -161,6 +166,9 @@ def parse_requests(const uint8_t[::1] data not None, Py_ssize_t begin, Py_ssize_
             n_reads += 1
         else:
             n_writes += 1
+        cost_b += COST_B
+        if q.type == CMD_WRITE or (q.type == CMD_READ and not q.error):
+            cost_b += q.length_b
         pos += need
         need = REQUEST_B
     write_table = PyBytes_FromStringAndSize(NULL, n_writes * sizeof(walb_request)) if n_writes else b""

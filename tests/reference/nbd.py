@@ -10,6 +10,7 @@ READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
 EPERM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP = 1, 22, 28, 75, 95
 MAGIC = 0x25609513
+COST_B = 1024  # of any request, besides its data
 
 
 class Broken(Exception):
@@ -53,13 +54,14 @@ def error_of(kind: int, flags: int, offset: int, length: int, *, size_b: int, ma
 
 
 def parse(
-    data: bytes, begin: int, end: int, *, size_b: int, max_b: int, read_only: bool
+    data: bytes, begin: int, end: int, *, size_b: int, max_b: int, read_only: bool, room_b: int
 ) -> tuple[int, int, list[Request]]:
-    """Return (consumed, size of the request that is incomplete, complete requests)."""
-    found = []
+    """Return (consumed, size of the request that is incomplete, complete requests that together cost `room_b`)."""
+    found: list[Request] = []
+    cost_b = 0
     pos = begin
     need = REQUEST.size
-    while end - pos >= REQUEST.size:
+    while end - pos >= REQUEST.size and (not found or cost_b < room_b):
         magic, flags, kind, cookie, offset, length = REQUEST.unpack_from(data, pos)
         if magic != MAGIC:
             raise Broken("magic")
@@ -73,6 +75,7 @@ def parse(
         error = error_of(kind, flags, offset, length, size_b=size_b, max_b=max_b, read_only=read_only)
         raw = int.from_bytes(cookie.to_bytes(8, "big"), "little")
         at = pos + REQUEST.size if kind == WRITE else 0
+        cost_b += COST_B + (length if kind == WRITE or (kind == READ and not error) else 0)
         found.append(Request(raw, kind, flags, offset, length, at, error))
         pos += need
         need = REQUEST.size

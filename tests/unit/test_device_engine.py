@@ -14,6 +14,7 @@ from tests.kit.virtual import run
 from walbd.errors import BadState, Busy, DiskFailed, HistoryBroken, ReadOnlyDevice, Refused, Stopping, WalbError
 from walbd.format.superblock import read_superblock
 from walbd.protocol.nbd import Command, CommandFlag, Error, ExportFlag
+from walbd.storage.device import log_stage
 from walbd.storage.device.engine import Engine, Tuning
 from walbd.units import LB
 
@@ -110,6 +111,21 @@ def test_fua_is_answered_after_a_sync_and_the_others_before() -> None:
 
     for seed in range(5):
         device(body, seed=seed)
+
+
+def test_the_memory_of_requests_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the last answer of a batch comes before that of an earlier one, which waits for a sync."""
+    monkeypatch.setattr(log_stage, "BATCH_MAX_B", 4096)
+
+    async def body(engine: Engine, client: Client) -> None:
+        ops = [write_op(0, block(1, 8), CommandFlag.FUA), write_op(8, block(2, 8)), write_op(16, block(3, 8))]
+        client.submit(*ops)
+        for op in ops:
+            assert await client.answered(op) == 0
+        await engine.drain()
+        assert client.returned_b == 3 * 8 * LB
+
+    device(body)
 
 
 def test_one_sync_serves_many() -> None:

@@ -33,18 +33,20 @@ def streams(draw: st.DrawFn) -> bytes:
 
 
 @settings(max_examples=150, deadline=None)
-@given(streams(), st.integers(0, 40), st.integers(0, 600), st.booleans())
-def test_parse_equals_reference(stream: bytes, before: int, cut: int, read_only: bool) -> None:
+@given(
+    streams(), st.integers(0, 40), st.integers(0, 600), st.booleans(), st.sampled_from([0, 1, 3000, 9000, 1 << 63])
+)
+def test_parse_equals_reference(stream: bytes, before: int, cut: int, read_only: bool, room_b: int) -> None:
     data = b"x" * before + stream
     end = max(before, len(data) - cut)
-    args = {"size_b": SIZE_B, "max_b": MAX_B, "read_only": read_only}
+    args = {"size_b": SIZE_B, "max_b": MAX_B, "read_only": read_only, "room_b": room_b}
     try:
         consumed, need, requests = reference.parse(data, before, end, **args)  # type: ignore[arg-type]
     except reference.Broken:
         with pytest.raises(RemoteProtocolError):
-            parse_requests(data, before, end, SIZE_B, MAX_B, read_only)
+            parse_requests(data, before, end, SIZE_B, MAX_B, read_only, room_b)
         return
-    got = parse_requests(data, before, end, SIZE_B, MAX_B, read_only)
+    got = parse_requests(data, before, end, SIZE_B, MAX_B, read_only, room_b)
     writes = [r for r in requests if not r.error and r.kind in (1, 4, 6)]
     reads = [r for r in requests if not r.error and r.kind == 0]
     others = [r for r in requests if r.error or r.kind not in (0, 1, 4, 6)]

@@ -18,7 +18,7 @@ import uvloop
 from tests.kit.nbd import FUA, NbdClient, NbdError
 from walbd.daemon.env import Env
 from walbd.daemon.nbd_client import open_reader
-from walbd.daemon.nbd_server import NbdServer
+from walbd.daemon.nbd_server import Budget, NbdServer
 from walbd.daemon.net import Address
 from walbd.daemon.tls import mutual_tls
 from walbd.errors import ConnectError, DiskFailed, NotFound
@@ -403,6 +403,61 @@ async def test_requests_in_flight_are_bounded(tmp_path: Path) -> None:
         assert sorted(cookie for _, cookie in await work) == list(range(n))
         assert rig.server.budget.used_b == 0
         assert await rig.on(lambda client: client.read((n - 1) * 512, 1)) == bytes([n - 1])
+
+
+async def test_many_requests_at_once_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes may ask for a lot: what is asked for counts, and not what was received."""
+    n, limit_b = 48, 2 * MIB
+    used: list[int] = []
+    take_ = Budget.take
+
+    def noted(self: Budget, size_b: int) -> None:
+        take_(self, size_b)
+        used.append(self.used_b)
+
+    monkeypatch.setattr(Budget, "take", noted)
+
+    def reads(sock: socket.socket) -> None:
+        sock.sendall(b"".join(request(READ, cookie, 0, MIB) for cookie in range(n)))
+        for _ in range(n):
+            assert simple(sock)[0] == 0
+            take(sock, MIB)
+
+    def trims(sock: socket.socket) -> None:
+        sock.sendall(b"".join(request(TRIM, cookie, cookie * 512, 512) for cookie in range(5000)))
+        for _ in range(5000):
+            assert simple(sock)[0] == 0
+
+    async with serving(tmp_path, inflight_max_b=limit_b) as rig:
+        await rig.raw(reads)
+        assert max(used) <= limit_b + MIB + 2048
+        await rig.engine.freeze(0)
+        work = asyncio.ensure_future(rig.raw(trims))
+        await until(lambda: rig.server.budget.used_b >= limit_b)
+        rig.engine.melt()
+        await work
+        assert max(used) <= limit_b + MIB + 2048
+        assert rig.server.budget.used_b == 0
+
+
+async def test_writes_that_are_held_stop_no_readers(tmp_path: Path) -> None:
+    def flood(sock: socket.socket) -> None:
+        for cookie in range(8):
+            sock.sendall(request(WRITE, cookie, 0, MIB) + bytes(MIB))
+        for _ in range(8):
+            assert simple(sock)[0] == 0
+
+    def reads(client: NbdClient) -> None:
+        for at in range(20):
+            assert client.read(at * 4096, 4096) == bytes(4096)
+
+    async with serving(tmp_path, inflight_max_b=2 * MIB) as rig:
+        await rig.engine.freeze(0)
+        work = asyncio.ensure_future(rig.raw(flood))
+        await until(lambda: rig.server.budget.used_b >= 2 * MIB)
+        await rig.on(reads)
+        rig.engine.melt()
+        await work
 
 
 async def test_stop_answers_what_is_in_flight(tmp_path: Path) -> None:

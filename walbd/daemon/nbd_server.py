@@ -20,7 +20,7 @@ from walbd.daemon.net import Address
 from walbd.daemon.tasks import Signal
 from walbd.errors import ConnectError, RemoteProtocolError, WalbError
 from walbd.ext.buffers import Buf
-from walbd.ext.nbd import CHUNK_B, Chunk, parse_requests, read_replies, simple_replies
+from walbd.ext.nbd import CHUNK_B, REQUEST_COST_B, Chunk, parse_requests, read_replies, simple_replies
 from walbd.protocol.nbd import (
     CONTEXT_ALLOCATION,
     LENGTH_MAX_B,
@@ -60,13 +60,14 @@ class WriteSink(Protocol):
         """Send simple replies to requests [begin, end) of a table; return how many that were."""
 
     def give(self, size_b: int) -> None:
-        """All requests of a `Writes` were answered: its payload bytes count no more."""
+        """All requests of a `Writes` were answered: its bytes count no more."""
 
 
 class Writes:
     """Writes, trims and zero-writes that one wake-up brought, and how far the backend is with them.
 
-    `table` is a walb_request table of `n` valid requests, `n_fua` of them with FUA; payloads lie in `data`.
+    `table` is a walb_request table of `n` valid requests, `n_fua` of them with FUA; payloads lie in `data`. They
+    count as `size_b` bytes in flight.
     `index` and `done_b` are for the backend: the first request that is not wholly taken, and what of it is.
     Every request must be answered once.
     """
@@ -86,8 +87,9 @@ class Writes:
 
     def answer(self, begin: int, end: int, error: int = 0, fua: int = -1) -> None:
         """Reply to requests [begin, end): all, or only those without (0) or with (1) the FUA flag."""
-        self._left -= self._sink.send_simple(self.table, begin, end, error, fua)
-        if self._left == 0:
+        n = self._sink.send_simple(self.table, begin, end, error, fua)
+        self._left -= n
+        if n and self._left == 0:  # there may have been none with that flag, after the last answer
             self._sink.give(self.size_b)
 
 
@@ -123,27 +125,43 @@ class NbdBackend(Protocol):
 
 
 class Budget:
-    """Bounds what all connections together have in flight [byte]."""
+    """Bounds what all connections together have in flight [byte].
+
+    Above the limit a connection waits as long as it has requests in flight itself; one that has none may always
+    take one. So nobody waits for others only: writes that are held back do not stop readers.
+    """
 
     def __init__(self, limit_b: int) -> None:
         self.limit_b = limit_b
         self.used_b = 0
         self._paused: set[_Connection] = set()
 
-    def take(self, connection: _Connection, size_b: int) -> None:
-        """Note new work; a connection that goes over the limit is not read until there is room again."""
+    @property
+    def room_b(self) -> int:
+        """What may be taken yet; not positive when the limit is reached."""
+        return self.limit_b - self.used_b
+
+    def take(self, size_b: int) -> None:
+        """Note new work."""
         self.used_b += size_b
-        if self.used_b > self.limit_b:
-            self._paused.add(connection)
-            connection.hold("budget")
 
     def give(self, size_b: int) -> None:
         """Note finished work."""
         self.used_b -= size_b
         if self._paused and self.used_b <= self.limit_b // 2:
-            paused, self._paused = self._paused, set()
-            for connection in paused:
-                connection.release("budget")
+            for connection in list(self._paused):
+                self.go_on(connection)
+
+    def pause(self, connection: _Connection) -> None:
+        """Hold a connection until half of the limit is free, or `go_on`."""
+        self._paused.add(connection)
+        connection.hold("budget")
+
+    def go_on(self, connection: _Connection) -> None:
+        """Hold a connection no more."""
+        if connection in self._paused:
+            self._paused.discard(connection)
+            connection.release("budget")
 
     def forget(self, connection: _Connection) -> None:
         """A connection is gone."""
@@ -315,8 +333,14 @@ class _Connection(asyncio.BufferedProtocol):
         self._holds.add(why)
 
     def release(self, why: str) -> None:
-        """One reason less not to read."""
+        """One reason less not to read; requests that were received already come first."""
         self._holds.discard(why)
+        if not self._holds:
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._negotiation is None:
+            self._take_requests()
         if not self._holds and self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
@@ -411,48 +435,64 @@ class _Connection(asyncio.BufferedProtocol):
     # transmission
 
     def _take_requests(self) -> None:
-        if self._draining:
-            return
-        try:
-            consumed, self._need, writes, n_fua, write_b, reads, read_b, others = parse_requests(
-                self._chunk, self._begin, self._end, self._backend.size_b(), LENGTH_MAX_B
-            )
-        except RemoteProtocolError as exc:
-            log.warning("nbd.broken", peer=self.peer, **error_fields(exc))
-            self.abort()
-            return
-        self._begin = consumed
-        if writes:
-            self._shared = True
-            batch = Writes(self, writes, self._chunk, n_fua, write_b)
-            self._inflight += batch.n
-            self._server.budget.take(self, write_b)
-            self._backend.write(batch)
-        if reads:
-            self._server.budget.take(self, read_b)
-            self._read(reads, read_b)
-        if others:
-            for request in REQUEST_TABLE.iter_unpack(others):
-                self._other(*request)
+        """Take the requests that were received, as far as the budget allows."""
+        budget = self._server.budget
+        while not self._draining and self._transport is not None:
+            if budget.room_b <= 0 and self._inflight:
+                budget.pause(self)
+            if self._holds or self._end - self._begin < self._need:
+                return  # what is left is taken by `_go_on`, or when there is more
+            room_b = max(budget.room_b, 0)
+            try:
+                consumed, self._need, writes, n_fua, write_b, reads, read_b, others = parse_requests(
+                    self._chunk,
+                    self._begin,
+                    self._end,
+                    self._backend.size_b(),
+                    LENGTH_MAX_B,
+                    room_b=max(budget.room_b, 0),
+                )
+            except RemoteProtocolError as exc:
+                log.warning("nbd.broken", peer=self.peer, **error_fields(exc))
+                self.abort()
+                return
+            self._begin = consumed
+            if writes:
+                self._shared = True
+                cost_b = write_b + len(writes) // REQUEST_TABLE.size * REQUEST_COST_B
+                batch = Writes(self, writes, self._chunk, n_fua, cost_b)
+                self._inflight += batch.n
+                budget.take(cost_b)
+                self._backend.write(batch)
+            if reads:
+                self._read(reads, read_b)
+            if others:
+                for request in REQUEST_TABLE.iter_unpack(others):
+                    self._other(*request)
 
     def send_simple(self, table: bytes, begin: int, end: int, error: int, fua: int) -> int:
         """Answer requests of a table (WriteSink)."""
         replies = simple_replies(table, begin, end, error, fua)
         n = len(replies) // _SIMPLE_HEADER_B
-        self._inflight -= n
         if self._transport is not None and replies:
             self._transport.write(replies)
-        if self._draining:
-            self._close_if_done()
+        self._answered(n)
         return n
 
     def give(self, size_b: int) -> None:
-        """Return payload bytes to the budget (WriteSink)."""
+        """Return the bytes of writes to the budget (WriteSink)."""
         self._server.budget.give(size_b)
+
+    def _answered(self, n: int) -> None:
+        self._inflight -= n
+        if self._inflight == 0:
+            self._server.budget.go_on(self)
+            self._close_if_done()
 
     def _read(self, table: bytes, read_b: int) -> None:
         n = len(table) // REQUEST_TABLE.size
         self._inflight += n
+        self._server.budget.take(read_b + n * REQUEST_COST_B)
         if read_b < _LARGE_READ_B * n and read_b <= max(_BATCH_READ_MAX_B, _SMALL_READ_B * n):
             out, ranges = read_replies(table, self._structured)
             missing = self._backend.read_cached(ranges, out)
@@ -499,9 +539,8 @@ class _Connection(asyncio.BufferedProtocol):
     def _send_read(self, reply: memoryview, n: int, size_b: int) -> None:
         if self._transport is not None:
             self._transport.write(reply)
-        self._inflight -= n
-        self._server.budget.give(size_b)
-        self._close_if_done()
+        self._server.budget.give(size_b + n * REQUEST_COST_B)
+        self._answered(n)
 
     def _other(
         self, cookie: int, offset_b: int, _: int, length_b: int, error: int, kind: int, flags: int, __: int
@@ -512,6 +551,7 @@ class _Connection(asyncio.BufferedProtocol):
             self.drain()
             return
         self._inflight += 1
+        self._server.budget.take(REQUEST_COST_B)
         if error:
             self._reply(error_reply(cookie, error, structured=structured))
         elif kind == Command.FLUSH:
@@ -533,7 +573,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _reply(self, reply: bytes) -> None:
         """Send the one reply to one request; a simple reply without error has the form of an error reply."""
-        self._inflight -= 1
         if self._transport is not None:
             self._transport.write(reply)
-        self._close_if_done()
+        self._server.budget.give(REQUEST_COST_B)
+        self._answered(1)
