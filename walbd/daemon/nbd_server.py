@@ -450,7 +450,7 @@ class _Connection(asyncio.BufferedProtocol):
                     self._end,
                     self._backend.size_b(),
                     LENGTH_MAX_B,
-                    room_b=max(budget.room_b, 0),
+                    room_b=room_b,
                 )
             except RemoteProtocolError as exc:
                 log.warning("nbd.broken", peer=self.peer, **error_fields(exc))
