@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -185,6 +186,16 @@ class ArchiveRig:
 
     async def stopped(self, volume: str) -> None:
         await self.done(c.Stop(volume=volume))
+
+    async def settled(self, volume: str = "vol0") -> None:
+        """Wait until nothing is at work for a volume: a client that has left knows nothing of that."""
+        machine = self.volume(volume).machine
+        await machine.wait_for(lambda: machine.at_rest, timeout_s=20, what="the end of all work")
+
+    async def idle(self) -> None:
+        """Wait until every job has ended: a client may have the last message of one a moment before."""
+        async with asyncio.timeout(20):
+            await self.server.jobs.idle()
 
 
 def make_wdiff(blocks: dict[int, bytes | str], uuid: bytes, compress: CompressOpt = ZSTD1) -> bytes:

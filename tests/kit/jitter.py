@@ -3,6 +3,9 @@
 `pytest --jitter SEED` delays what is received, what has been sent, the results of threads and of conversations,
 in the test's own process and (through the folder jittered/, as `sitecustomize`) in every process it starts.
 A test that fails only then waits for too little: it must wait for the condition that it means.
+
+On virtual time (`tests.kit.virtual`) the delays are a hundredth: such a test may say how long something takes, and
+the order of steps changes by the shortest delay, too.
 """
 
 from __future__ import annotations
@@ -34,13 +37,16 @@ def install(seed: str) -> None:
     from walbd.daemon import conn, env, server
 
     rng = random.Random(f"{seed}:{os.getpid()}:{sys.argv}")
+    # `SEED*N` makes delays N times as frequent: for one test, again and again.
+    more = float(seed.partition("*")[2] or 1)
 
     def late(step: Callable[..., Awaitable[Any]]) -> Any:
         async def delayed(*args: Any, **kwargs: Any) -> Any:
             result = await step(*args, **kwargs)
             for often, most_s in LATE:
-                if rng.random() < often:
-                    await asyncio.sleep(rng.random() * most_s)
+                if rng.random() < often * more:
+                    virtual = getattr(asyncio.get_running_loop(), "virtual", False)
+                    await asyncio.sleep(rng.random() * most_s / (100 if virtual else 1))
                     break
             return result
 

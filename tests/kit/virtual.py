@@ -35,6 +35,8 @@ class _Selector(selectors.SelectSelector):
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop on virtual time."""
 
+    virtual = True
+
     def __init__(self) -> None:
         self._virtual = _Selector()
         super().__init__(self._virtual)

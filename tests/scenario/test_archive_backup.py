@@ -43,11 +43,6 @@ async def rig(tmp_path: Path) -> AsyncIterator[ArchiveRig]:
         yield rig
 
 
-async def settled(rig: ArchiveRig) -> None:
-    machine = rig.volume(VOL).machine
-    await machine.changed.wait_for(lambda: machine.at_rest)
-
-
 async def test_backup_diffs_restore_apply_restart(tmp_path: Path) -> None:
     async with ArchiveRig(tmp_path) as rig:
         feed = Feed(rig)
@@ -88,7 +83,7 @@ async def test_used_image_is_zeroed_where_zeros_come(rig: ArchiveRig, tmp_path: 
         await conn.send(End())
         await conn.expect(Ok)
         conn.abort()
-    await settled(rig)
+    await rig.settled()
     assert await rig.state(VOL) == "SyncReady"
     assert (tmp_path / VOL / "base.img").read_bytes() == b"\x55" * len(IMAGE)
     async with rig.dial(STORAGE) as conn:
@@ -156,7 +151,7 @@ async def test_two_backups_of_one_volume(rig: ArchiveRig) -> None:
         assert await conn.call(OFFER) == BackupAccepted()
         assert await refused(rig, OFFER) == "busy"
         conn.abort()
-    await settled(rig)
+    await rig.settled()
 
 
 async def test_more_backups_than_allowed(tmp_path: Path) -> None:
@@ -169,7 +164,7 @@ async def test_more_backups_than_allowed(tmp_path: Path) -> None:
             assert await refused(rig, other) == "busy"
             assert await rig.state("vol1") == "SyncReady"
             conn.abort()
-        await settled(rig)
+        await rig.settled()
         async with rig.dial(STORAGE) as conn:
             await conn.call(other)
 
@@ -240,7 +235,7 @@ async def test_bad_stream_leaves_sync_ready(rig: ArchiveRig, tmp_path: Path, nam
         with pytest.raises(RemoteError) as caught:
             await conn.expect(Ok)
     assert caught.value.remote_code == code
-    await settled(rig)
+    await rig.settled()
     assert await rig.state(VOL) == "SyncReady"
     assert (tmp_path / VOL / "volume.json").read_bytes() == before
     async with rig.dial(STORAGE) as conn:
@@ -257,7 +252,7 @@ async def test_storage_that_says_why_it_gives_up(rig: ArchiveRig) -> None:
         await conn.send_error(DiskFailed("cannot read"))
         with pytest.raises(RemoteError, match="cannot read"):
             await conn.expect(Ok)
-    await settled(rig)
+    await rig.settled()
     assert await rig.state(VOL) == "SyncReady"
 
 

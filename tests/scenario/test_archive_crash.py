@@ -288,8 +288,7 @@ async def test_failing_disk_at_every_failpoint(name: str, action: str) -> None:
                 await story.tell()
         failpoints.disarm()
         if VOL in rig.server.volumes:
-            machine = rig.volume(VOL).machine
-            await machine.changed.wait_for(lambda: machine.at_rest)
-            if machine.shown == "Archived":
+            await rig.settled()
+            if rig.volume(VOL).machine.shown == "Archived":
                 await story.feed.check()
     await Moment(name, fs.copy(), story.promise).check()

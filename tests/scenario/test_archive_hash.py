@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -255,10 +255,6 @@ async def test_refused_before_anything_happened(
 # --- cut short
 
 
-def at_rest(rig: ArchiveRig) -> Callable[[], bool]:
-    return lambda: rig.volume(VOL).machine.at_rest
-
-
 class Cut(Exception):
     """The storage ends the connection here."""
 
@@ -296,8 +292,7 @@ async def test_the_connection_breaks_at_every_message(rig: ArchiveRig) -> None:
         if not await cut_at(rig, feed, number):
             break
         cuts += 1
-        machine = rig.volume(VOL).machine
-        await machine.wait_for(at_rest(rig), timeout_s=20, what="the end")
+        await rig.settled()
         assert rig.volume(VOL).latest == latest
         assert rig.volume(VOL).record.uuid == old_uuid
         assert not leftovers(rig)
@@ -315,8 +310,7 @@ async def test_the_old_history_goes_on_after_a_failure(rig: ArchiveRig) -> None:
     uuid, data = feed.uuid, feed._unsent[0][1]
     image = feed.images[feed.gid]
     await cut_at(rig, feed, 5)
-    machine = rig.volume(VOL).machine
-    await machine.changed.wait_for(lambda: machine.at_rest)
+    await rig.settled()
     async with rig.dial(PROXY) as conn:
         assert isinstance(await offer_wdiff(conn, VOL, diff, data, uuid=uuid, size_lb=feed.size_lb), Ok)
     assert await rig.restored_image(VOL, diff.end.gid_b) == image

@@ -399,6 +399,7 @@ async def test_forced_shutdown_gives_up(feed: Feed, monkeypatch: pytest.MonkeyPa
         await feed.rig.call(c.Restore(volume=VOL, gid=3))
         await gate.wait()
         stopping = asyncio.ensure_future(feed.rig.server.stop(ShutdownMode.FORCE))
+        await asyncio.sleep(0)  # everybody has been told to give up
         gate.open.set()
         await stopping
     assert list((tmp_path / VOL / "restored").iterdir()) == []
@@ -409,7 +410,8 @@ async def test_forced_shutdown_gives_up(feed: Feed, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("how", list(c.ShutdownHow))
 async def test_shutdown_request_is_answered(feed: Feed, how: c.ShutdownHow) -> None:
     assert await feed.rig.call(c.Shutdown(how=how)) == Ok()
-    assert str(feed.rig.shutdown.mode) == str(how)
+    async with asyncio.timeout(20):  # it ends after the answer
+        assert str(await feed.rig.shutdown.requested()) == str(how)
 
 
 async def test_directory_of_another_archive(feed: Feed, tmp_path: Path) -> None:

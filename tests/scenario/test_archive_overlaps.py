@@ -12,7 +12,9 @@ import pytest
 from tests.kit.feeder import CONTROL, ArchiveRig, Feed
 from tests.kit.gate import Gate, gated
 from tests.kit.hash_feed import HashFeed
+from tests.kit.policy_rig import VirtualArchive
 from tests.kit.replicas import VOL, Group
+from tests.kit.virtual import run
 from walbd.archive import replicate_out
 from walbd.archive.receive import WdiffSink
 from walbd.archive.virtual import open_virtual
@@ -98,7 +100,7 @@ async def test_a_round_that_waits_keeps_no_wdiffs_of_others_waiting(tmp_path: Pa
         with machine.action("Apply", 0):
             number = (await group[0].call(group.request(1))).job
             await until(lambda: bool(machine.changed._waiters))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await other.step()
         assert (await group[0].ended(number)).state is JobState.DONE
         assert await group.check(feed, 1) == [0, 2]
@@ -233,21 +235,24 @@ async def test_the_target_of_a_comparison_is_merged_away(group: Group, monkeypat
     assert await group[1].restored_image(VOL, feed.gid) == bytes(feed.image)
 
 
-async def test_who_waits_for_a_scan_is_told_that_we_are_still_there(tmp_path: Path) -> None:
-    async with ArchiveRig(tmp_path, scans_max=1, io_timeout_s=1.0) as rig:
-        feed = Feed(rig)
-        await feed.init()
-        await feed.full_backup()
-        async with rig.dial(CONTROL) as conn:
-            with rig.server._scans.turn() as turn:
-                await turn.comes()
-                await conn.send(m.VirtFullScan(volume=VOL, gid=0))
-                frame = await conn._stream.receive()
-                assert frame is not None
-                assert isinstance(decode(frame.header), Filler)
-            assert (await conn.expect(m.ScanBegin)).size_b == feed.size_lb * LB
-            while not isinstance((await conn.receive()).message, End):
-                pass
+def test_who_waits_for_a_scan_is_told_that_we_are_still_there() -> None:
+    async def main() -> None:
+        async with VirtualArchive(scans_max=1) as rig:
+            feed = Feed(rig)
+            await feed.init()
+            await feed.full_backup()
+            async with rig.dial(CONTROL) as conn:
+                with rig.server._scans.turn() as turn:
+                    await turn.comes()
+                    await conn.send(m.VirtFullScan(volume=VOL, gid=0))
+                    frame = await conn._stream.receive()
+                    assert frame is not None
+                    assert isinstance(decode(frame.header), Filler)
+                assert (await conn.expect(m.ScanBegin)).size_b == feed.size_lb * LB
+                while not isinstance((await conn.receive()).message, End):
+                    pass
+
+    run(main())
 
 
 async def test_flags_that_change_after_an_old_name_could_not_be_removed(
@@ -302,7 +307,7 @@ async def test_wdiffs_that_are_read_back_leave_threads_to_reception(
             await gate.wait()
             other = Feed(rig, name="v9", seed=9)
             await other.init()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 await other.full_backup()
             gate.open.set()
         monkeypatch.undo()

@@ -66,7 +66,7 @@ async def test_nothing_has_happened(pair: tuple[Group, TwoFeeds], name: str) -> 
     with pytest.raises(RemoteError, match="Input/output error"):
         await feed.hash_backup()
     volume = group.volume(0)
-    await volume.machine.changed.wait_for(lambda: volume.machine.at_rest)
+    await group[0].settled()
     assert len(volume.diffs) == 2
     await group[0].restart()
     assert on_disk(group)["pending"] is None
@@ -79,7 +79,7 @@ async def test_all_has_happened_though_it_cannot_be_saved(pair: tuple[Group, Two
     with pytest.raises(RemoteError, match="Input/output error"):
         await feed.hash_backup()
     volume = group.volume(0)
-    await volume.machine.changed.wait_for(lambda: volume.machine.at_rest)
+    await group[0].settled()
     assert on_disk(group)["pending"] is not None
     assert volume.record.uuid == feed.uuid.hex()
     await group[0].restart()

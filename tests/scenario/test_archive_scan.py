@@ -212,6 +212,7 @@ async def test_scan_gives_the_image(feed: Feed) -> None:
         assert await scan(feed, gid=gid, bulk_b=512) == feed.images[gid]
     assert await scan(feed, gid=4, size_lb=77) == feed.images[4][: 77 * LB]
     assert await scan(feed, gid=4, sleep_percent=50) == feed.images[4]
+    await feed.rig.idle()
     jobs = (await feed.rig.call(GetJobs(volume=VOL))).jobs
     assert [(job.name, job.state) for job in jobs] == [("virt-full-scan", JobState.DONE)] * 6
     assert jobs[0].result["size_b"] == 600 * LB
@@ -233,8 +234,7 @@ async def test_running_scan_is_a_job_and_ends_with_its_client(feed: Feed, monkey
         conn.abort()
     gate.open.set()
     info = await feed.rig.ended(job.job)
-    machine = feed.rig.volume(VOL).machine
-    await machine.changed.wait_for(lambda: machine.at_rest)
+    await feed.rig.settled()
     assert (info.state, info.error_code) in {(JobState.FAILED, ConnectError.code), (JobState.DONE, "")}
     await feed.rig.done(c.Apply(volume=VOL, gid=4))
 

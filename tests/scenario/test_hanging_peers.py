@@ -14,27 +14,20 @@ from typing import Any
 import pytest
 
 from tests.kit.fake_archive import FakeArchive
+from tests.kit.logs import image_of
 from tests.kit.mem_net import MemNetwork
-from tests.kit.proxy_rig import ProxyRig, StorageSide, write
+from tests.kit.proxy_rig import REAL_DELAYS, ProxyRig, StorageSide, play_proxy, write
 from tests.kit.storage_rig import Rig
 from tests.kit.virtual import InlinePools, LoopClock, run
 from walbd.daemon.conn import Me, dial
-from walbd.daemon.env import Env
 from walbd.errors import ConnectError, WalbError
 from walbd.protocol.base import JobState, Kind
 from walbd.protocol.control import FullBackup, GetIsWdiffSendError, ResetVol, Stop, StopHow
 from walbd.protocol.transfer import Verdict, WlogEnd
 
 HOUR_S = 3600.0
-DELAYS: dict[str, Any] = {
-    "retry_delay_min_s": 1.0,
-    "retry_delay_max_s": 30.0,
-    "probe_interval_s": 1.0,
-    "io_timeout_s": 30.0,
-    "connect_timeout_s": 10.0,
-}
 STORAGE: dict[str, Any] = {
-    **DELAYS,
+    **REAL_DELAYS,
     "gather_delay_s": 0.1,
     "settle_delay_max_s": 1.0,
     "proxy_check_interval_s": 10.0,
@@ -145,27 +138,6 @@ def test_a_backup_to_a_paused_archive_ends_and_can_be_repeated(tmp_path: Path) -
 # A proxy and its peers
 
 
-def play_proxy(
-    tmp_path: Path,
-    scenario: Callable[[ProxyRig, FakeArchive, StorageSide, MemNetwork], Awaitable[None]],
-    **settings: Any,
-) -> None:
-    async def main() -> None:
-        net = MemNetwork()
-        env = Env(net=net, pools=InlinePools(random.Random(1)), clock=LoopClock())
-        rig = ProxyRig(tmp_path / "p", env=env, **(DELAYS | settings))
-        rig.poll_s = 0.05
-        await rig.up()
-        try:
-            async with FakeArchive(env=env) as a0:
-                await rig.begin(a0)
-                await scenario(rig, a0, StorageSide(rig), net)
-        finally:
-            await rig.crash()
-
-    run(main())
-
-
 @pytest.mark.parametrize("how", ["paused", "cut off"])
 def test_proxy_sends_as_soon_as_the_archive_wakes_up(tmp_path: Path, how: str) -> None:
     async def scenario(rig: ProxyRig, a0: FakeArchive, storage: StorageSide, net: MemNetwork) -> None:
@@ -231,7 +203,7 @@ def test_proxy_goes_on_once_a_person_has_mended_the_archive(tmp_path: Path, verd
 
 @pytest.mark.parametrize("how", ["silent", "half open"])
 def test_proxy_does_not_wait_for_ever_for_a_storage(tmp_path: Path, how: str) -> None:
-    async def scenario(rig: ProxyRig, _a0: FakeArchive, storage: StorageSide, net: MemNetwork) -> None:
+    async def scenario(rig: ProxyRig, a0: FakeArchive, storage: StorageSide, net: MemNetwork) -> None:
         me = Me(node="s0", kind=Kind.STORAGE, io_timeout_s=200)
         async with dial(rig.env, me, rig.address) as conn:
             lsid = await storage.stream(conn, [write(0)])
@@ -241,9 +213,11 @@ def test_proxy_does_not_wait_for_ever_for_a_storage(tmp_path: Path, how: str) ->
             assert await elapsed(rig.until(lambda: rig.volume.machine.during is None, limit_s=60)) < 31
             with pytest.raises(WalbError):
                 await conn.call(WlogEnd(lsid=lsid, diff=storage.label()))
-        assert rig.files("received") == []
+        assert rig.files() == ["volume.json"]
+        assert rig.server.receiver.running == 0
         await storage.send([write(0)])
         await rig.drained()
+        assert a0.image == image_of(bytes(a0.size_b), [write(0)])
 
     play_proxy(tmp_path, scenario)
 

@@ -30,6 +30,7 @@ RECEIVING = [
     "proxy.wdiff.before_unlink_received",
     "proxy.wdiff.before_ack",
 ]
+DAMAGE = ["proxy.wdiff.before_aside", "proxy.wdiff.after_aside"]  # test_proxy_damage.py
 OTHERS = ["proxy.send.before_delete", "proxy.archive.before_remove", "proxy.volume.before_remove"]
 PACKS = [write(0), write(50, 16, 2)]
 
@@ -43,7 +44,7 @@ def disarmed() -> Iterator[None]:
 
 def test_every_failpoint_of_the_proxy_is_tried_here() -> None:
     names = {name for name in failpoints.registered() if name.startswith("proxy.")}
-    assert names == {*RECEIVING, *OTHERS}
+    assert names == {*RECEIVING, *OTHERS, *DAMAGE}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ async def test_process_start_goes_on_when_a_link_fails(tmp_path: Path) -> None:
         failpoints.arm("proxy.wdiff.before_link=eio")
         await rig.up()
         assert await rig.state() == "Started"
-        await rig.drained()
+        await rig.emptied()
         assert a0.diffs == ["|0|-->|1|"]
 
 

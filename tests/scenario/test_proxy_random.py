@@ -103,12 +103,11 @@ class Life:
 
     async def stop_and_start(self) -> None:
         await self.rig.stop_volume(self.rng.choice([StopHow.GRACEFUL, StopHow.FORCE]))
-        while True:
+        while await self.rig.state() == "Stopped":
             try:
                 await self.rig.call(Start(volume="vol0"))
             except RemoteError:  # an armed failpoint
                 continue
-            return
 
 
 @pytest.mark.parametrize("seed", range(8))

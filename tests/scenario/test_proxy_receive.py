@@ -269,17 +269,6 @@ async def test_storage_that_gives_up_says_so(tmp_path: Path) -> None:
         await still_works(rig, storage, a0)
 
 
-async def test_silent_storage_is_given_up(tmp_path: Path) -> None:
-    async with FakeArchive() as a0, proxy(tmp_path, io_timeout_s=0.05) as rig:
-        await rig.begin(a0)
-        storage = StorageSide(rig)
-        async with dial(rig.env, STORAGE, rig.address) as conn:
-            await storage.stream(conn, PACKS)
-            with pytest.raises(WalbError):
-                await conn.receive()
-        await still_works(rig, storage, a0)
-
-
 class SmallDisk(OsFileSystem):
     """A disk that is full once a temporary file reaches a size."""
 

@@ -224,9 +224,10 @@ async def test_graceful_end_of_the_daemon(tmp_path: Path) -> None:
         async with dial(rig.env, STORAGE, rig.address) as conn:
             lsid = await storage.stream(conn, PACKS)
             job = await begin_stop(rig, StopHow.EMPTY)
-            waiter = asyncio.create_task(end_of(rig, job))
             address = rig.address
             conversations = rig.server.server._streams
+            await rig.until(lambda: len(conversations) == 1)
+            waiter = asyncio.create_task(end_of(rig, job))
             await rig.until(lambda: sum(conversations.values()) == 2)
             ending = asyncio.create_task(rig.stop(ShutdownMode.GRACEFUL))
             await waiter  # a client that waits for a job does not keep the daemon from ending
@@ -255,7 +256,7 @@ async def test_forced_end_of_the_daemon(tmp_path: Path) -> None:
         async with dial(rig.env, STORAGE, rig.address) as conn:
             await storage.stream(conn, PACKS)
             graceful = asyncio.create_task(rig.stop(ShutdownMode.GRACEFUL))
-            await rig.until(lambda: not rig.server.server.addresses or rig.server.scheduler.waiting() == [])
+            await rig.until(lambda: rig.server.server._closing)
             await rig.stop(ShutdownMode.FORCE)
             await graceful
             with pytest.raises(ConnectError):
@@ -272,7 +273,8 @@ async def test_forced_end_of_the_daemon(tmp_path: Path) -> None:
 async def test_shutdown_is_answered(tmp_path: Path, how: ShutdownHow) -> None:
     async with proxy(tmp_path) as rig:
         await rig.call(Shutdown(how=how))
-        assert rig.shutdown.mode == how.value
+        async with asyncio.timeout(20):  # it ends after the answer
+            assert await rig.shutdown.requested() == how.value
 
 
 async def test_directory_belongs_to_one_process(tmp_path: Path) -> None:

@@ -191,10 +191,9 @@ async def test_failing_disk_at_every_failpoint(action: str) -> None:
             with pytest.raises((WalbError, AssertionError), match=r"Input/output error|no space left"):
                 await do(story.tell())
             failpoints.disarm()
-            machine = group.volume(1).machine
-            await machine.changed.wait_for(lambda machine=machine: machine.at_rest)  # type: ignore[misc]
+            await group[1].settled()
             assert story.feed is not None
-            if machine.shown == "Archived":
+            if group.volume(1).machine.shown == "Archived":
                 assert story._promise.gids <= set(await group.check(story.feed, 1))
             promise = story.promise
         await Moment(name, [disk.copy() for disk in disks], promise).check()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -46,12 +45,6 @@ async def group(tmp_path: Path) -> AsyncIterator[Group]:
     async with Group(tmp_path) as group:
         await group.init(1)
         yield group
-
-
-async def settled(group: Group) -> None:
-    machine = group.volume(1).machine
-    async with asyncio.timeout(20):
-        await machine.changed.wait_for(lambda: machine.at_rest)
 
 
 async def refused(conn: Connection, act: Bad) -> str:
@@ -113,7 +106,7 @@ async def test_full(group: Group) -> None:
         async with group.as_source(1) as conn:
             assert (await conn.call(OFFER)).kind is ReplicationKind.FULL
             assert await refused(conn, act) == code, number
-        await settled(group)
+        await group[1].settled()
         assert await group[1].state(VOL) == "SyncReady"
     feed = await group.feed()
     await group.replicate(0, 1)
@@ -212,7 +205,7 @@ async def test_round(pair: tuple[Group, TwoFeeds]) -> None:
             state = await conn.call(ReplicateLatest())
             assert state.latest == Snapshot.clean(2)
             assert await refused(conn, make(state)) == code, number
-        await settled(group)
+        await group[1].settled()
         assert group.volume(1).record == before
         names = [path.name for path in (group[1].base / VOL).iterdir()]
         assert not [name for name in names if name.startswith("tmp")]
@@ -256,7 +249,7 @@ async def test_resync(pair: tuple[Group, TwoFeeds], code: str, act: Bad) -> None
         offer = ReplicateOffer(volume=VOL, size_lb=64, archive_uuid=LINEAGE, resync=True)
         assert (await conn.call(offer)).kind is ReplicationKind.RESYNC
         assert await refused(conn, act) == code
-    await settled(group)
+    await group[1].settled()
     assert await group[1].state(VOL) == "SyncReady"
     await group.replicate(0, 1, resync=True)
     assert await group.check(feed, 1) == [0, 2]
@@ -273,5 +266,5 @@ async def test_resync_that_is_not_begun_changes_nothing(pair: tuple[Group, TwoFe
     async with group.as_source(1) as conn:
         await conn.call(offer)
         conn.abort()
-    await settled(group)
+    await group[1].settled()
     assert await group.check(feed, 1) == [0, 1, 2]

@@ -370,6 +370,7 @@ async def test_queries(tmp_path: Path) -> None:
         assert (await rig.call(GetUuid(volume=VOL))).value == rig.device.uuid
         rows = (await rig.call(GetLatestSnap(volume=VOL))).rows
         assert rows == [(VOL, "", 1, 0, rig.clock.now())]
+        await rig.until_idle()
         assert (await rig.call(GetNumAction(volume=VOL, action="WlogSend"))).value == 0
         assert (await refused(rig, GetNumAction(volume=VOL, action="Dance"))).remote_code == "not-found"
         assert {row[1] for row in (await rig.call(GetActions())).rows} == {"WlogSend"}

@@ -95,7 +95,7 @@ async def test_there_and_back(tmp_path: Path) -> None:
             for gid, image in points:
                 assert await group.image(gid) == image
             # Nothing of a history that was given up waits anywhere.
-            assert not group.proxy.volume.unsent
+            await group.proxy.until(lambda: not group.proxy.volume.unsent)
         finally:
             await other.die()
 

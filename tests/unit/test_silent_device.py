@@ -77,25 +77,27 @@ async def test_control(tmp_path: Path, name: str) -> None:
     async with silent(control_address(tmp_path)) as peer:
         with pytest.raises(TimedOut):
             await CALLS[name](device)
-        assert peer.accepted == 1
+        await peer.until(lambda: peer.accepted == 1)
     env.pools.close()
 
 
 async def test_watch(tmp_path: Path) -> None:
     env = Env()
     device = UserspaceDevice(env, tmp_path, me=device_me(io_timeout_s=SHORT_S))
-    async with silent(control_address(tmp_path)):
+    async with silent(control_address(tmp_path)) as peer:
         with pytest.raises(TimedOut):
             async with device.watch():
                 raise AssertionError("it was greeted")
+        await peer.until(lambda: peer.accepted == 1)
     env.pools.close()
 
 
 async def test_data(tmp_path: Path) -> None:
     device = UserspaceDevice(Env(), tmp_path, me=device_me(io_timeout_s=SHORT_S))
-    async with silent(nbd_address(tmp_path)):
+    async with silent(nbd_address(tmp_path)) as peer:
         with pytest.raises(TimedOut):
             await device.open_data()
+        await peer.until(lambda: peer.accepted == 1)
 
 
 async def test_whoever_is_cancelled_leaves_no_connection(tmp_path: Path) -> None:

@@ -128,7 +128,13 @@ class Server:
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
-            reply = await handler(conn, request)
+            try:
+                reply = await handler(conn, request)
+            finally:
+                # Before the reply: who has it finds the request counted.
+                stat = self.stats.setdefault((request.TAG, conn.peer.node), RequestStat())
+                stat.count += 1
+                stat.elapsed_s += loop.time() - started
             if reply is not None:
                 await conn.send(reply)
         except WalbError as exc:
@@ -141,10 +147,6 @@ class Server:
             log.exception("request.crashed", request=request.TAG)
             await self._last_words(stream, exc)
             return False
-        finally:
-            stat = self.stats.setdefault((request.TAG, conn.peer.node), RequestStat())
-            stat.count += 1
-            stat.elapsed_s += loop.time() - started
         return True
 
     async def _last_words(self, stream: FrameStream, error: BaseException) -> None:
