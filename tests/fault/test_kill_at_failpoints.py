@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ import pytest
 import walbd.archive
 import walbd.proxy
 import walbd.storage
-from tests.kit.group import WAIT_S, Group, Process, wait_until
+from tests.kit.group import CHECKPOINT_LINE, WAIT_S, Group, Process, wait_until
 from tests.kit.nbd import NbdError
 from walbd.errors import WalbError
 from walbd.fs import failpoints
@@ -79,6 +80,27 @@ class Rig:
             group.ctl.stop(group.s[0], "vol0")
         self.volume.scribble(5)
         group.ctl.hash_backup(group.s[0], "vol0", timeoutS=WAIT_S)
+
+    def damage(self) -> None:
+        """Damage what waits at the proxy, and continue the history over the hole."""
+        group, a0 = self.group, self.group.a[0]
+        if group.ctl.get_state(a0, "vol0") != "Stopped":
+            group.ctl.stop(a0, "vol0")
+        self.volume.scribble(5)
+        self.volume.nbd.flush()
+        waiting = group.root / "p0" / "vol0" / "sendto" / "a0"
+        wait_until(lambda: any(waiting.glob("*.wdiff")), "a diff to wait")
+        for path in waiting.glob("*.wdiff"):
+            path.write_bytes(b"?" * 100)
+        group.ctl.start(a0, "vol0")
+        wait_until(self.is_aside, "the damage to be found")
+        self.hash_backup()
+
+    def is_aside(self) -> bool:
+        try:
+            return bool(self.status(1).hops[0].damaged)
+        except Failure:
+            return False
 
     def write(self) -> None:
         self.volume.scribble()
@@ -235,14 +257,14 @@ def drive(process: Process, work: Callable[[], None]) -> tuple[bool, bool]:
     while thread.is_alive() and process.running and time.monotonic() < deadline:
         thread.join(0.01)
     if not thread.is_alive():  # a lost connection, or the end of the work, may be seen before the death
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + WAIT_S
         while process.running and time.monotonic() < deadline:
             time.sleep(0.01)
     died = not process.running
     if died:
         process.wait_killed()
         process.start()
-    thread.join(WAIT_S)
+    thread.join(2 * WAIT_S)
     assert not thread.is_alive(), f"the work does not end: {work}"
     if not died and errors:
         raise errors[0]
@@ -270,6 +292,7 @@ WORK: list[tuple[str, Callable[[Rig], None]]] = [
     ("proxy.archive.*", Rig.second_archive),
     ("proxy.record.*", Rig.feed),
     ("proxy.volume.*", Rig.life),
+    ("proxy.wdiff.*_aside", Rig.damage),
     ("proxy.*", Rig.write),
     ("archive.full.*", Rig.full_backup),
     ("archive.hash.*", Rig.hash_backup),
@@ -359,15 +382,31 @@ def test_device(rig: Rig, name: str) -> None:
 def test_device_start(rig: Rig, name: str) -> None:
     """Killed while it redoes the log that a first kill left."""
     process = rig.group.processes["dev-vol0"]
-    rig.volume.scribble()
-    if name == "device.redo.before_torn":
-        tear(rig, process)
+    with no_checkpoints(rig, process):
+        rig.volume.scribble()
+        if name == "device.redo.before_torn":
+            tear(rig, process)
+        process.kill()
     rig.volume.disconnect()
     process.restart(failpoints=f"{name}=crash")
     process.wait_killed()
     process.start()
     rig.volume.reconcile()
     rig.check()
+
+
+@contextmanager
+def no_checkpoints(rig: Rig, process: Process) -> Iterator[None]:
+    """Serve the device without periodic checkpoints: what is written meanwhile is redone at the next start."""
+    config = rig.volume.directory / "device.toml"
+    text = config.read_text()
+    seldom = text.replace(CHECKPOINT_LINE, "checkpoint_interval_s = 3600\n")
+    assert seldom != text
+    config.write_text(seldom)
+    rig.volume.disconnect()
+    process.restart()
+    yield
+    config.write_text(text)
 
 
 def tear(rig: Rig, process: Process) -> None:

@@ -53,7 +53,7 @@ class Doctored(Group):
 
     def write_file(self, *, archives: list[str] | None = None, target: str = "s0") -> None:
         """Write the group file: the servers in their order, and where each volume's device is."""
-        lines = ["timeout_s = 10"]
+        lines = [f"timeout_s = {WAIT_S}"]
         for kind, servers in (("storage", self.s), ("proxy", self.p), ("archive", self.a)):
             for s in servers:
                 lines += [f"[[{kind}]]", f'name = "{s.name}"', f'host = "{s.address}"', f"port = {s.port}"]

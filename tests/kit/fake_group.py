@@ -44,7 +44,7 @@ class StoppedClock:
 class FakeGroup:
     """All of it; leaving the block ends it."""
 
-    def __init__(self, *, storages: int = 1, proxies: int = 1, archives: int = 1, timeoutS: float = 5) -> None:
+    def __init__(self, *, storages: int = 1, proxies: int = 1, archives: int = 1, timeoutS: float = 60) -> None:
         self.frozen = False
         self.requests: list[tuple[str, Request[Any]]] = []
         self.progress: list[Progress] = []

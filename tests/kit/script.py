@@ -394,13 +394,6 @@ class Script:
         server = self.group.server(name)
         wait_until(lambda: self.group.ctl.get_state(server, volume) == state, f"{name} to be {state}")
 
-    def do_alarms(self, volume: str = "") -> None:
-        """alarms [VOL]: the alarms of `walbc status`, by code."""
-        view = self.group.ctl.overview(volume)
-        self._out += sorted(f"{alarm.word} {alarm.code} {alarm.server}".rstrip() for alarm in view.alarms) or [
-            "none"
-        ]
-
     def do_doctor(self, volume: str = "") -> None:
         """doctor [VOL]: what `walbc doctor` finds."""
         self._out += found_by(self.group.doctor(volume).look()) or ["nothing"]
@@ -415,9 +408,22 @@ class Script:
         ctl = self.group.ctl
         wait_until(lambda: code in [alarm.code for alarm in ctl.overview(volume).alarms], f"alarm {code}")
 
-    def do_wait_quiet(self, volume: str = "") -> None:
-        """wait-quiet [VOL]: wait until there are no alarms."""
-        wait_until(lambda: not self.group.ctl.overview(volume).alarms, "no alarms")
+    def do_wait_alarms(self, *alarms: str) -> None:
+        """wait-alarms CODE@SERVER...: wait until `walbc status` has exactly these alarms."""
+        seen: list[str] = []
+
+        def look() -> bool:
+            seen[:] = sorted(f"{alarm.code}@{alarm.server}" for alarm in self.group.ctl.overview("").alarms)
+            return seen == sorted(alarms)
+
+        try:
+            wait_until(look, f"the alarms {' '.join(alarms) or 'to end'}")
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}; there are {' '.join(seen) or 'none'}") from None
+
+    def do_wait_quiet(self) -> None:
+        """wait-quiet: wait until there are no alarms."""
+        self.do_wait_alarms()
 
 
 def found_by(findings: Sequence[Finding]) -> list[str]:

@@ -15,7 +15,7 @@ Make = Callable[[FakeGroup, str], None]
 
 def group_toml(group: FakeGroup) -> str:
     kinds = (("storage", group.s), ("proxy", group.p), ("archive", group.a))
-    return "timeout_s = 5\n" + "".join(
+    return "timeout_s = 60\n" + "".join(
         f'[[{kind}]]\nname = "{s.name}"\nhost = "{s.address}"\nport = {s.port}\n' for kind, sL in kinds for s in sL
     )
 

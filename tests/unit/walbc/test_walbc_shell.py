@@ -41,7 +41,7 @@ def pipe(group: FakeGroup, tmp_path: Path, lines: str, *args: str) -> subprocess
         input=lines,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
         env=os.environ | {"NO_COLOR": "1"},
     )
