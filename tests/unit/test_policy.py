@@ -100,6 +100,7 @@ def test_levels() -> None:
     assert [(level.older_than_s, level.interval_s) for level in levels] == [(300, 30), (1800, 300), (14400, 3600)]
     assert parse_levels("none") == () == parse_levels("")
     assert format_levels(()) == "none"
+    assert len(parse_levels(" ".join(f"{2**i}h:{2**i}s" for i in range(16)))) == 16
 
 
 @pytest.mark.parametrize(
@@ -118,9 +119,10 @@ def test_replications() -> None:
     assert replication == Replication(name="a1", dest="[::1]:12000", interval_s=5400, compress="lz4")
     assert Replication.parse("a1=host:1").interval_s == 3600
     assert str(replication) == "a1=[::1]:12000,90m,lz4"
+    assert Replication.parse("a1=host:65535").dest == "host:65535"
 
 
-@pytest.mark.parametrize("text", ["", "a1", "a1=host", "a1=:5", "a1=host:0", "a1=host:70000", "a1=h:1,x",
+@pytest.mark.parametrize("text", ["", "a1", "a1=host", "a1=:5", "a1=host:0", "a1=host:65536", "a1=h:1,x",
                                   "a1=h:1,1h,lz4,more", "=h:1", "a b=h:1", "a1=h:1,0"])  # fmt: skip
 def test_bad_replications(text: str) -> None:
     with pytest.raises(UsageError) as caught:
@@ -131,6 +133,11 @@ def test_bad_replications(text: str) -> None:
 def test_a_policy_is_checked() -> None:
     Policy().check()
     twice = Replication(name="a1", dest="h:1")
+    Policy(replications=(twice, Replication(name="a2", dest="h:1"))).check()
+    many = tuple(Replication(name=f"a{i}", dest="h:1") for i in range(65))
+    Policy(replications=many[:64]).check()
+    with pytest.raises(UsageError, match="too many"):
+        Policy(replications=many).check()
     with pytest.raises(UsageError, match="same name"):
         Policy(replications=(twice, twice)).check()
     with pytest.raises(UsageError, match="no multiple"):
@@ -253,6 +260,23 @@ def test_holds_replicas_and_the_newest_stay() -> None:
     assert (verdicts[2].until, verdicts[3].until) == (0, 20_000)
     assert verdicts[6].rules == ("replica: a1",)
     assert verdicts[10].rules == ("newest", "last", "raw")
+
+
+def test_an_end_of_a_hold_is_no_end_of_what_stays_for_another_reason() -> None:
+    hold = Hold(gid=3, reason="short", created=0, until=20_000)
+    replicas = [ReplicaPosition(node="a1", address="h:1", gid=2, timestamp=0, seen=0)]
+    holds = [hold, Hold(gid=2, reason="short", created=0, until=20_000)]
+    policy = msgspec.structs.replace(NO_LEVELS, keep=Grid.parse("last=1"))
+    verdicts = explain(points_at([0, 1000, 2000]), holds, replicas, policy, 10_000)
+    assert [(v.rules, v.until) for v in verdicts[1:]] == [
+        (("hold: short", "replica: a1"), 0),
+        (("newest", "hold: short"), 0),
+    ]
+
+
+def test_the_rules_are_asked_in_their_order() -> None:
+    times = [f"2024-05-{day:02}T12:00" for day in range(1, 6)]
+    assert rules_by_time(times, "last=1 all=1d daily=1") == {times[4]: "last", times[3]: "all", times[2]: "daily"}
 
 
 def test_held_points_count_for_no_rule() -> None:

@@ -184,10 +184,10 @@ class Replication(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def parse(cls, text: str) -> Self:
         """Read `NAME=HOST:PORT[,INTERVAL[,COMPRESS]]`. Raises UsageError."""
         hint = "write NAME=HOST:PORT,INTERVAL, such as a1=backup2.example:12000,1h"
-        name, equals, rest = text.partition("=")
+        name, _, rest = text.partition("=")
         parts = rest.split(",")
         host, colon, port = parts[0].rpartition(":")
-        if not (equals and colon and host) or not port.isdecimal() or len(parts) > 3:
+        if not (colon and host) or not port.isdecimal() or len(parts) > 3:
             raise UsageError("not a replication", hint=hint, text=text)
         if not 0 < int(port) < 1 << 16:
             raise UsageError("not a port", hint=hint, text=text)
