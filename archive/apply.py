@@ -35,6 +35,7 @@ from walbd.format.wdiff_read import WdiffReader
 from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.fs.wdiff_apply import apply
+from walbd.ids import NIL_UUID
 from walbd.protocol.base import Fact
 from walbd.units import LB
 
@@ -92,15 +93,23 @@ async def _round(volume: Volume, gid: int, job: Job) -> int:
         await volume.update(lambda record: {"base": on_its_way, "began": record.began | {APPLY: began}})
         job.begin("writing", volume.size_lb * LB)
         await pools.run(Pool.MAINTAIN, _write, volume, readers, job)
-    await uninterrupted(_finish(volume, done))
+        uuid = readers[-1].header.uuid
+    await uninterrupted(_finish(volume, done, uuid))
     return len(diffs)
 
 
-async def _finish(volume: Volume, done: BaseState) -> None:
-    """Say that the base is done, and remove what it holds."""
+async def _finish(volume: Volume, done: BaseState, uuid: bytes) -> None:
+    """Say that the base is done, in the history of the last diff, and remove what it holds."""
     pools, gid = volume.place.env.pools, done.begin.gid_b
     passed = [cold for cold in colds_of(volume.record) if cold <= gid]
-    await volume.update(lambda record: {"base": done, "colds": without(record.colds, lambda cold: cold <= gid)})
+    base_uuid = "" if uuid == NIL_UUID else uuid.hex()
+    await volume.update(
+        lambda record: {
+            "base": done,
+            "base_uuid": base_uuid,
+            "colds": without(record.colds, lambda cold: cold <= gid),
+        }
+    )
     async with volume.naming:
         erased = volume.drop_before(gid)
         try:

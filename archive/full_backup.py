@@ -89,7 +89,13 @@ async def _commit(
     with disk_errors(volume.directory, "finish the backup"):
         failpoints.hit(FP_BEFORE_COMMIT)
     await volume.commit(
-        step, size_lb=size_lb, base=base, uuid=uuid.hex(), archive_uuid=archive_uuid.hex(), gaps=()
+        step,
+        size_lb=size_lb,
+        base=base,
+        base_uuid=uuid.hex(),
+        uuid=uuid.hex(),
+        archive_uuid=archive_uuid.hex(),
+        gaps=(),
     )
     volume.reset_memory()
     volume.received = volume.place.env.clock.now()

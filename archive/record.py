@@ -47,6 +47,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     state: State  # a steady one: SyncReady, Archived or Stopped
     size_lb: int = 0  # of the base image, once there is one to use
     base: BaseState = NO_BASE  # what the base image is
+    base_uuid: str = ""  # log history that its generation belongs to; "": not known
     uuid: str = NIL_UUID.hex()  # of the log history that feeds the volume
     archive_uuid: str = NIL_UUID.hex()  # of the lineage of images: equal at replicas
     colds: dict[str, int] = {}  # time of each cold image [unix s] by its gid

@@ -98,8 +98,10 @@ def check_record(record: VolumeRecord, directory: Path) -> None:
     problem = ""
     if record.state not in STORED_STATES:
         problem = "no such state is ever stored"
-    elif any(len(uuid) != 32 or set(uuid) - set("0123456789abcdef") for uuid in uuids):
+    elif not all(map(_is_uuid, uuids)):
         problem = "a uuid is not 32 hexadecimal digits"
+    elif record.base_uuid and not _is_uuid(record.base_uuid):
+        problem = "the uuid of the base is not 32 hexadecimal digits"
     elif any(_GID.fullmatch(gid) is None for gid in record.colds):
         problem = "a cold image has no generation"
     elif record.size_lb < 0 or (holds and record.size_lb == 0):
@@ -114,6 +116,10 @@ def check_record(record: VolumeRecord, directory: Path) -> None:
             offset=0,
             reason=problem,
         )
+
+
+def _is_uuid(text: str) -> bool:
+    return len(text) == 32 and not set(text) - set("0123456789abcdef")
 
 
 def _load_empty(fs: FileSystem, images: ImageStore, directory: Path, record: VolumeRecord) -> Loaded:

@@ -68,7 +68,7 @@ async def set_base(volume: Volume, base: BaseState) -> None:
     old = volume.base
     try:
         latest = volume.diffs.latest(base)  # raises HistoryBroken
-        await volume.commit(step, base=base)
+        await volume.commit(step, base=base, base_uuid="")
         volume.latest = latest
     finally:
         volume.machine.leave()

@@ -45,6 +45,7 @@ from walbd.errors import BadState, Busy, NotFound, Refused, RemoteProtocolError,
 from walbd.format.meta import BaseState, Diff, NotApplicable, trim
 from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
+from walbd.ids import NIL_UUID
 from walbd.protocol.base import Kind, Ok
 from walbd.protocol.codec import Message, Request
 from walbd.protocol.sync import (
@@ -294,6 +295,7 @@ class _Reception:
             await volume.commit(
                 step,
                 base=base,
+                base_uuid="" if uuid == NIL_UUID else uuid.hex(),
                 size_lb=size_lb,
                 uuid=uuid.hex(),
                 archive_uuid=self._offer.archive_uuid.hex(),

@@ -278,8 +278,9 @@ class Replication:
     def _way_from(self, latest: Snapshot) -> list[Diff]:
         """Return the diff that leads to there, and then those that lead on and can be sent as one; or nothing.
 
-        From our very base the first that leads on stands for the one that led there: it is of the same history,
-        or begins one, which has no generations up to there. Of a compared one that is not known.
+        From our very base the first that leads on stands in for the one that led there. Where the record does
+        not tell the history of the base, that one has to: it is of the same, or begins one, which has no
+        generations up to there. Of a compared one that is not known.
         """
         volume, request = self.volume, self._request
         n_max = volume.place.config.open_files_max or FILES_MAX
@@ -291,7 +292,7 @@ class Replication:
         if not following:
             return []
         if latest.gid_b == volume.base.begin.gid_b:
-            return [] if following[0].comp else [following[0], *following]
+            return [] if following[0].comp and not volume.record.base_uuid else [following[0], *following]
         steps = volume.diffs.steps(volume.base.begin)
         leading = next((diff for diff, after in steps if after.gid_b >= latest.gid_b), None)
         return [] if leading is None else [leading, *following]
@@ -305,6 +306,9 @@ class Replication:
         if not found.diffs:
             return False
         leading, following = (self._uuid_of(reader.header.uuid) for reader in found.readers[:2])
+        record = self.volume.record
+        if record.base_uuid and at.latest.gid_b == record.base.begin.gid_b:
+            leading = bytes.fromhex(record.base_uuid)
         begins_there = found.diffs[1].begin.gid_b == at.latest.gid_b
         return leading == at.uuid and (begins_there or following == at.uuid)
 
@@ -435,14 +439,17 @@ class Replication:
     async def _history_after(self, way: Callable[[], list[Diff]]) -> bytes:
         """Return the log history that the base with the diffs of `way` belongs to: that of the last diff.
 
-        Of the base alone: that of the diff that leads on from it, which is the same, or begins there. Where that
-        one was made by comparing, nobody can tell, and the destination will have to compare, too.
+        Of the base alone the record tells it. If it does not: that of the diff that leads on from it, which is the
+        same, or begins there. Where that one was made by comparing, nobody can tell, and the destination will have
+        to compare, too.
         """
 
         def choose() -> list[Diff]:
             return way()[-1:] or [diff for diff, _ in islice(volume.diffs.steps(volume.base.begin), 1)]
 
         volume = self.volume
+        if volume.record.base_uuid and not way():
+            return bytes.fromhex(volume.record.base_uuid)
         async with open_diffs(volume, Pool.SEND, choose) as found:
             if not way() and found.diffs and found.diffs[0].comp:
                 return NIL_UUID
