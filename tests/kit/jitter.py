@@ -40,19 +40,31 @@ def install(seed: str) -> None:
     # `SEED*N` makes delays N times as frequent: for one test, again and again.
     more = float(seed.partition("*")[2] or 1)
 
+    async def pause() -> None:
+        for often, most_s in LATE:
+            if rng.random() < often * more:
+                virtual = getattr(asyncio.get_running_loop(), "virtual", False)
+                await asyncio.sleep(rng.random() * most_s / (100 if virtual else 1))
+                break
+
     def late(step: Callable[..., Awaitable[Any]]) -> Any:
         async def delayed(*args: Any, **kwargs: Any) -> Any:
             result = await step(*args, **kwargs)
-            for often, most_s in LATE:
-                if rng.random() < often * more:
-                    virtual = getattr(asyncio.get_running_loop(), "virtual", False)
-                    await asyncio.sleep(rng.random() * most_s / (100 if virtual else 1))
-                    break
+            await pause()
             return result
 
         return delayed
 
+    def later(step: Callable[..., Awaitable[Any]]) -> Any:
+        """Wait before the step: a message that was received must not be lost by a cancellation."""
+
+        async def delayed(*args: Any, **kwargs: Any) -> Any:
+            await pause()
+            return await step(*args, **kwargs)
+
+        return delayed
+
     conn.Connection.send = late(conn.Connection.send)  # type: ignore[method-assign]
-    conn.Connection.receive_or_end = late(conn.Connection.receive_or_end)  # type: ignore[method-assign]
+    conn.Connection.receive_or_end = later(conn.Connection.receive_or_end)  # type: ignore[method-assign]
     env.ThreadPools.run = late(env.ThreadPools.run)  # type: ignore[method-assign]
     server.Server._conversation = late(server.Server._conversation)  # type: ignore[method-assign]

@@ -68,10 +68,12 @@ class Connection:
     def __init__(self, stream: FrameStream, peer: Peer, io_timeout_s: float) -> None:
         self.peer = peer
         self.io_timeout_s = io_timeout_s
+        self.sent: type[Message] | None = None  # of what kind the last message is that was given out
         self._stream = stream
 
     async def send(self, message: Message, *payload: Buf) -> None:
         """Send a message and its payload. Raises TimedOut or ConnectError."""
+        self.sent = type(message)
         await self._within(self._stream.send(encode(message), payload), "send")
 
     async def receive(self, *, timeout_s: float | None = None) -> Incoming:

@@ -55,7 +55,8 @@ async def _send(conn: Connection, pools: Pools, pieces: Iterator[bytes], tick: T
 async def until_ok(conn: Connection, sending: Coroutine[Any, Any, T]) -> T:
     """Return the result of `sending`, which sends a stream with its End, once the receiver has answered Ok.
 
-    An error of the receiver ends the sending at once, instead of after all of it has gone.
+    An error of the receiver ends the sending at once, instead of after all of it has gone. An Ok before End is
+    none; after it, it may be here before `sending` has returned.
     """
     answer = asyncio.ensure_future(conn.expect(Ok, timeout_s=_FOREVER_S))
     work = asyncio.ensure_future(sending)
@@ -63,7 +64,9 @@ async def until_ok(conn: Connection, sending: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({answer, work}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             answer.result()
-            raise conn.unexpected(Ok())
+            if conn.sent is not End:
+                raise conn.unexpected(Ok())
+            await asyncio.wait({work})
         if isinstance(work.exception(), ConnectError | TimedOut):
             await asyncio.wait({answer}, timeout=LAST_WORDS_S)
             if answer.done():
