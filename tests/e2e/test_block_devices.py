@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,36 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.disks import impossible_here, run
 from tests.kit.group import Process
 from tests.kit.nbd import NbdClient
 from walbd.errors import Busy
 from walbd.fs import OsFileSystem
 from walbd.units import MIB
 
-PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
-MISSING = [tool for tool in ["losetup", "mkfs.ext4", "mount", "umount"] if shutil.which(tool, path=PATH) is None]
-
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(os.geteuid() != 0, reason="loop devices need root"),
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}"),
-]
+pytestmark = pytest.mark.root
 
 SIZE_B = 8 * MIB
 LDEV_SIZE_B = 4 * MIB
-
-
-def run(*args: str | Path, code: int = 0) -> str:
-    done = subprocess.run(
-        [str(arg) for arg in args],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=os.environ | {"PATH": PATH},
-    )
-    assert done.returncode == code, f"{args}: {done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
 
 
 def walbd(*args: str | Path, code: int = 0) -> str:
@@ -53,12 +31,14 @@ def walbd(*args: str | Path, code: int = 0) -> str:
 @pytest.fixture
 def disks(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     """A log device and a data device."""
+    if reason := impossible_here(tmp_path, "ext4"):
+        pytest.skip(f"impossible on this machine: {reason}")
     found = []
     with ExitStack() as undo:
         for name, size_b in (("l", LDEV_SIZE_B), ("d", SIZE_B)):
             with (tmp_path / name).open("wb") as file:
                 file.truncate(size_b)
-            disk = run("losetup", "--show", "-f", tmp_path / name).strip()
+            disk = run("losetup", "--show", "-f", tmp_path / name)
             undo.callback(run, "losetup", "-d", disk)
             found.append(Path(disk))
         yield found[0], found[1]

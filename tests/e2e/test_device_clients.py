@@ -30,7 +30,7 @@ def tool(name: str) -> str:
 
 def run(name: str, *args: str | Path, cwd: Path | None = None) -> str:
     done = subprocess.run(
-        [tool(name), *map(str, args)], capture_output=True, text=True, check=False, timeout=120, cwd=cwd
+        [tool(name), *map(str, args)], capture_output=True, text=True, check=False, timeout=600, cwd=cwd
     )
     assert done.returncode == 0, f"{name} {args}: {done.stdout}{done.stderr}"
     return done.stdout
@@ -42,7 +42,7 @@ def walbd(*args: str | Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -7,9 +7,7 @@ that cannot mount an empty file system is told from a failure of walbd by trying
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -18,59 +16,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.disks import MKFS, Failed, impossible_here, mounted, run
 from tests.kit.group import WAIT_S, Group, Volume, wait_until
 
 SIZE_B = 1 << 30
 FILES_B = 500_000_000
-MKFS = {"ext4": ["mkfs.ext4", "-q"], "xfs": ["mkfs.xfs", "-q"]}
 CHECK = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"]}
 MOUNT = {"ext4": [], "xfs": ["-o", "nouuid"]}
-PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 pytestmark = pytest.mark.root
-
-
-class Failed(AssertionError):
-    """A program did not end well."""
-
-
-def run(*args: str | Path) -> str:
-    done = subprocess.run(
-        [str(arg) for arg in args],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        env=os.environ | {"PATH": PATH},
-    )
-    if done.returncode != 0:
-        raise Failed(f"{' '.join(map(str, args))}: {done.stdout}{done.stderr}".strip())
-    return done.stdout.strip()
-
-
-def impossible_here(kind: str, directory: Path) -> str:
-    """Say why this machine cannot mount such a file system, with nothing of walbd in it; empty: it can."""
-    if os.geteuid() != 0:
-        return "mounting needs root"
-    tools = ("nbdfuse", "losetup", "mount", "umount", *MKFS[kind][:1], *CHECK[kind][:1])
-    if missing := [tool for tool in tools if shutil.which(tool, path=PATH) is None]:
-        return f"not installed: {' '.join(missing)}"
-    try:
-        os.close(os.open("/dev/fuse", os.O_RDWR))
-    except OSError as exc:
-        return f"no fuse: {exc}"
-    file = directory / "empty"
-    with file.open("wb") as image:
-        image.truncate(SIZE_B)
-    try:
-        run(*MKFS[kind], file)
-        with mounted(file, directory / "empty_mnt", "-o", "loop"):
-            pass
-    except Failed as exc:
-        return str(exc)
-    finally:
-        file.unlink()
-    return ""
 
 
 @contextmanager
@@ -102,16 +56,6 @@ def unmounted(point: Path) -> str:
     return ""
 
 
-@contextmanager
-def mounted(disk: Path, point: Path, *options: str) -> Iterator[Path]:
-    point.mkdir(exist_ok=True)
-    run("mount", *options, disk, point)
-    try:
-        yield point
-    finally:
-        run("umount", point)
-
-
 def make_files(top: Path) -> None:
     """Make a tree with files from a few bytes to 20 MB, a link, a hole, and names in many directories."""
     rng = random.Random(1)
@@ -132,8 +76,8 @@ def make_files(top: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_file_system(tmp_path: Path, kind: str) -> None:
-    if reason := impossible_here(kind, tmp_path):
-        pytest.skip(f"this machine cannot mount {kind}: {reason}")
+    if reason := impossible_here(tmp_path, kind, "nbdfuse", CHECK[kind][0], fuse=True):
+        pytest.skip(f"impossible on this machine: {reason}")
     source = tmp_path / "source"
     source.mkdir()
     make_files(source)

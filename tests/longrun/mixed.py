@@ -25,7 +25,7 @@ from walbd.errors import WalbError
 from walbd.units import LB, MIB
 
 STEP_S: Final = 10.0  # of one command
-MEND_S: Final = 90.0
+MEND_S: Final = 300.0
 # What may be missing for an operation; any other assertion that fails is a defect.
 EXPECTED: Final = ("nothing is restorable", "waited ", "reconcile first", "a device is away")
 STEPS_PER_ROUND: Final = 15
