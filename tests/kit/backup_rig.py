@@ -15,6 +15,7 @@ from tests.kit.storage_rig import DEADLINE_S, DEVICE, VOL, Rig
 from walbd.errors import RemoteError
 from walbd.protocol import control as c
 from walbd.protocol.base import JobInfo, JobState
+from walbd.protocol.codec import Request
 
 
 class StorageRig(Rig):
@@ -85,6 +86,19 @@ class BackupRig:
             except RemoteError as exc:
                 if exc.remote_code != "busy" or loop.time() > deadline:
                     raise
+
+    async def refusal(self, request: Request[Any]) -> str:
+        """Ask the storage for what must be refused; return the code, not that something is busy."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + DEADLINE_S
+        while True:
+            try:
+                await self.storage.call(request)
+            except RemoteError as exc:
+                if exc.remote_code != "busy" or loop.time() > deadline:
+                    return exc.remote_code
+            else:
+                raise AssertionError("it was accepted")
 
     async def done_hash_backup(self, **options: Any) -> int:
         """Run a hash backup that must succeed; return its generation."""

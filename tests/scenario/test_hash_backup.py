@@ -302,9 +302,7 @@ async def test_a_lost_full_backup_is_continued_by_a_hash_backup(tmp_path: Path, 
             await to_sync_ready(rig)
         assert await rig.storage.state() == "SyncReady"
         assert await rig.archive.state(VOL) == "Archived"
-        with pytest.raises(RemoteError) as caught:
-            await rig.storage.call(c.FullBackup(volume=VOL))
-        assert caught.value.remote_code == "bad-state"
+        assert await rig.refusal(c.FullBackup(volume=VOL)) == "bad-state"
         rig.device.scribble(3)
         info = await rig.hash_backup(bulk_b=512)
         assert info.state is JobState.DONE, info

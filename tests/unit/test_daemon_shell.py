@@ -5,18 +5,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trustme
 
 from walbd.daemon.conn import Connection, Me, call, dial
 from walbd.daemon.env import Env
-from walbd.daemon.net import Address
+from walbd.daemon.net import Address, SocketStream
 from walbd.daemon.server import Handler, Server
 from walbd.daemon.tls import mutual_tls
 from walbd.errors import BadState, ConnectError, Refused, RemoteError, RemoteProtocolError, TimedOut
-from walbd.protocol.base import End, GetJobs, JobList, Kind, WaitJob
+from walbd.protocol.base import End, GetJobs, JobList, Kind, WaitJob, Welcome
 
 ME = Me(node="a", kind=Kind.CONTROL, io_timeout_s=10)
 
@@ -104,6 +104,28 @@ async def test_payload_goes_through_unchanged() -> None:
             await conn.send(End(), data)
             assert (await conn.receive()).payload == data
         await conn.send(JobList(jobs=[]))
+
+
+async def test_what_follows_the_handshake_may_be_there_before_the_welcome_has_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Large frames are allowed from the moment on when the client is welcome."""
+    go_on, send = asyncio.Event(), Connection.send
+
+    async def slow(conn: Connection, message: Any, *payload: Any) -> None:
+        await send(conn, message, *payload)
+        if isinstance(message, Welcome):
+            await go_on.wait()
+
+    monkeypatch.setattr(Connection, "send", slow)
+    async with serving({GetJobs: no_jobs}) as (env, server, address), dial(env, ME, address) as conn:
+        reply = asyncio.ensure_future(conn.call(GetJobs(), bytes(1 << 20)))
+        (stream,) = cast(list[SocketStream], list(server._streams))
+        async with asyncio.timeout(20):
+            while not stream._frames and stream._end is None:  # noqa: ASYNC110 - nobody is told of it
+                await asyncio.sleep(0.001)
+        go_on.set()
+        assert await reply == JobList(jobs=[])
 
 
 async def test_other_group_is_refused() -> None:

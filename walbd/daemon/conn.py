@@ -187,8 +187,8 @@ async def welcome(stream: FrameStream, me: Me) -> Connection:
     except WalbError as exc:
         await conn.send_error(exc)
         raise
+    stream.limits = LIMITS  # first: what the client says next may be here before our send returns
     await conn.send(Welcome(version=version, node=me.node, kind=me.kind, group=me.group))
-    stream.limits = LIMITS
     conn.peer = Peer(hello.node, hello.kind, stream.peer)
     return conn
 
