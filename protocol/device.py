@@ -69,7 +69,8 @@ class WatchLsids(Request[LsidSample]):
 
 @message("device-set-oldest")
 class SetOldest(Request[Ok]):
-    """Give up the log below a pack boundary, at most up to `prev_written`."""
+    """Give up the log below a pack boundary, up to `permanent`: at once as far as `prev_written`, the rest with
+    the checkpoint that raises it."""
 
     lsid: U64
 

@@ -508,19 +508,18 @@ class Volume:
     async def erase_log(self, info: DeviceInfo, lsid: int) -> int:
         """Give up the log below `lsid` as far as the device allows; return what is the oldest then.
 
-        Log that is not yet on the data device for good has to stay. The device sees to that in its own time;
-        if the ring is half full, it is asked to do it now.
+        Log that is not yet on the data device for good has to stay. The device sees to that in its own time, and
+        then gives up what it was told of; if the ring is half full, it is asked to do it now.
         """
         sample = info.lsids
-        if sample.prev_written < lsid and 2 * (sample.latest - sample.oldest) > info.capacity_pb:
-            await self.device.take_checkpoint()
-            sample = await self.device.lsids()
-        target = min(lsid, sample.prev_written)
-        if sample.uuid != info.uuid or sample.oldest >= target:
+        if sample.oldest >= lsid:
             return sample.oldest
         hit(FP_SET_OLDEST, self.directory)
-        await self.device.set_oldest(target)
-        return target
+        await self.device.set_oldest(lsid)
+        if sample.prev_written < lsid and 2 * (sample.latest - sample.oldest) > info.capacity_pb:
+            await self.device.take_checkpoint()
+            return lsid
+        return min(lsid, sample.prev_written)
 
     # watching the device
 

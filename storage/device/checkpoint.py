@@ -64,9 +64,22 @@ class Checkpointer:
         lsids = self._core.lsids
         written = lsids.written  # sampled before the sync: it may rise meanwhile
         await self.sync_data()
-        await self.write(FP_BEFORE_SUPERBLOCK, oldest=lsids.oldest, written=written)
-        lsids.prev_written = written
+        oldest = self._core.oldest_at(written)
+        await self.write(FP_BEFORE_SUPERBLOCK, oldest=oldest, written=written)
+        lsids.prev_written, lsids.oldest = written, oldest
         self._on_checkpoint()
+
+    async def give_up(self, failpoint: str) -> None:
+        """Bring `oldest` to where `given_up` and `prev_written` allow it; the caller holds `exclusive`."""
+        lsids, oldest = self._core.lsids, self._core.oldest_at(self._core.lsids.prev_written)
+        if oldest > lsids.oldest:
+            await self.write(failpoint, oldest=oldest, written=lsids.prev_written)
+            lsids.oldest = oldest
+
+    def is_of_use(self) -> bool:
+        """Say whether a checkpoint now would free anything in the ring."""
+        lsids = self._core.lsids
+        return lsids.written > lsids.prev_written or self._core.oldest_at(lsids.written) > lsids.oldest
 
     async def sync_data(self) -> None:
         """Make the data device durable; raises ReadOnlyDevice."""
@@ -126,7 +139,7 @@ class Checkpointer:
                 return
             self._wanted = False
             due = loop.time() + self._interval_s
-            if lsids.written > lsids.prev_written:
+            if self.is_of_use():
                 try:
                     await self.take()
                 except WalbError:

@@ -54,6 +54,7 @@ class Core:
     ddev: File
     superblock: Superblock  # as last written, but for its lsids
     lsids: Lsids
+    given_up: int = 0  # no consumer needs the log below: `oldest` follows as `prev_written` rises
     overflow: bool = False  # sticky: the ring has overwritten log that a consumer had not taken
     failed: WalbError | None = None  # the device is read-only since
     # Signals, each set by what it names, and all of them by a failure:
@@ -71,6 +72,10 @@ class Core:
     def size_b(self) -> int:
         """Size of the volume."""
         return self.superblock.device_size_lb * 512
+
+    def oldest_at(self, prev_written: int) -> int:
+        """Return what `oldest` may be with this `prev_written`."""
+        return max(self.lsids.oldest, min(self.given_up, prev_written))
 
     def fail(self, error: BaseException, during: str) -> None:
         """Make the device read-only, for good: what a failed write or sync left on disk cannot be known.

@@ -90,7 +90,7 @@ class Engine:
             flush_interval_b=tuning.flush_interval_b,
             flush_interval_s=tuning.flush_interval_s,
             inline_max_b=tuning.inline_max_b,
-            want_checkpoint=self.checkpoints.want,
+            checkpoints=self.checkpoints,
         )
         self.freeze_state = FreezeState.MELTED
         self._melt_timer: asyncio.TimerHandle | None = None
@@ -234,27 +234,28 @@ class Engine:
         await self.checkpoints.take()
 
     async def set_oldest(self, lsid: int) -> None:
-        """Give up the log below `lsid`, durably.
+        """Give up the log below `lsid`: durably as far as `prev_written`; a checkpoint that raises it does the rest.
 
-        Raises Refused unless oldest <= lsid <= prev_written and a pack begins at `lsid` (or the log ends there).
+        Raises Refused unless oldest <= lsid <= permanent and a pack begins at `lsid` (or the log ends there).
         """
         self._check_running()
         core, lsids = self.core, self.core.lsids
         async with self.checkpoints.exclusive():
-            if not lsids.oldest <= lsid <= lsids.prev_written:
+            if not lsids.oldest <= lsid <= lsids.permanent:
                 raise Refused(
                     "cannot delete log up to there",
-                    hint="what is not on the data device for good is still needed: take a checkpoint first",
+                    hint="only log that is permanent can have been taken by a consumer",
                     lsid=lsid,
                     oldest=lsids.oldest,
-                    prev_written=lsids.prev_written,
+                    permanent=lsids.permanent,
                 )
             ring = Ring(core.ldev, core.superblock)
             if lsid < lsids.permanent and not await core.env.pools.run(Pool.RECORD, ring.has_pack, lsid):
                 raise Refused("no pack begins at that lsid", lsid=lsid)
-            await self.checkpoints.write(FP_SET_OLDEST, oldest=lsid, written=lsids.prev_written)
-            lsids.oldest = lsid
-        log.debug("device.log_deleted", oldest=lsid)
+            core.given_up = max(core.given_up, lsid)
+            await self.checkpoints.give_up(FP_SET_OLDEST)
+        self.log.kick()
+        log.debug("device.log_deleted", oldest=lsids.oldest, given_up=lsid)
 
     async def freeze(self, timeout_s: float) -> None:
         """Hold back new writes, and return once all others are on the data device.
@@ -338,7 +339,7 @@ class Engine:
             ring_size_pb=ring_pb,
         )
         core.lsids.set_all(0)
-        core.lsids.oldest = 0
+        core.lsids.oldest = core.given_up = 0
         core.overflow = False
         self.log.reset()
         await self.checkpoints.step(self._clear_first_pb, "clearing the log")

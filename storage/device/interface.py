@@ -55,7 +55,10 @@ class Device(Protocol):
         """Return a consistent sample."""
 
     async def set_oldest(self, lsid: int) -> None:
-        """Let the device overwrite log below a pack boundary <= prev_written; durable on return."""
+        """Let the device overwrite log below a pack boundary <= permanent.
+
+        Durable on return as far as `prev_written`; the device does the rest by itself, unless it is restarted.
+        """
 
     async def take_checkpoint(self) -> None:
         """Raise `prev_written` to what `written` is now."""

@@ -25,6 +25,7 @@ from walbd.format.superblock import Superblock
 from walbd.fs import failpoints
 from walbd.protocol.nbd import Error
 from walbd.storage.device.blockio import write_log
+from walbd.storage.device.checkpoint import Checkpointer
 from walbd.storage.device.core import Core
 from walbd.storage.device.data_stage import DataStage, LoggedBatch, cost_b
 from walbd.units import MIB
@@ -89,7 +90,7 @@ class LogStage:
         flush_interval_b: int,
         flush_interval_s: float,
         inline_max_b: int,
-        want_checkpoint: Callable[[], None],
+        checkpoints: Checkpointer,
     ) -> None:
         self._core = core
         self._data = data
@@ -97,7 +98,7 @@ class LogStage:
         self._flush_interval_b = flush_interval_b
         self._flush_interval_s = flush_interval_s
         self._inline_max_b = inline_max_b
-        self._want_checkpoint = want_checkpoint
+        self._checkpoints = checkpoints
         self._loop = asyncio.get_running_loop()
         self._packer = make_packer(core.superblock)
         self._queue: deque[Writes] = deque()
@@ -210,7 +211,9 @@ class LogStage:
     def _write_some(self) -> bool:
         """Pack what is there and write it; False when the ring has no room."""
         core, lsids = self._core, self._core.lsids
-        batch = self._packer.begin(lsids.latest, lsids.prev_written + core.ring_pb)
+        # Log that no consumer needs is freed by a checkpoint: waiting for that is better than an overflow.
+        limit = lsids.oldest if core.given_up > lsids.oldest else lsids.prev_written
+        batch = self._packer.begin(lsids.latest, limit + core.ring_pb)
         parts: list[_Part] = []
         try:
             self._fill(batch, parts)
@@ -314,19 +317,19 @@ class LogStage:
             self._sync_timer = self._loop.call_later(self._flush_interval_s, self.want_sync)
 
     def _ring_is_full(self) -> None:
-        """No pack fits before the superblock's written lsid has moved on: have that happen."""
+        """No pack fits before the superblock's lsids have moved on: have that happen."""
         if not self.ring_full:
             self.ring_full = True
             log.info("device.ring_stalled", **self._ring_fields())
-        if self._core.lsids.written > self._core.lsids.prev_written:
-            self._want_checkpoint()
+        if self._checkpoints.is_of_use():
+            self._checkpoints.want()
         self.want_sync()
         self._data.hurry()
 
     def _watch_ring(self) -> None:
         core, lsids = self._core, self._core.lsids
         if lsids.latest - lsids.prev_written > core.ring_pb // 2:
-            self._want_checkpoint()
+            self._checkpoints.want()
         if not core.overflow and lsids.latest - lsids.oldest > core.ring_pb:
             core.overflow = True
             core.log_advanced.set()  # watchers are told of flags too

@@ -64,7 +64,7 @@ class FakeDevice:
         self.read_only = ""
         self.overflow = False
         self.data = bytearray(size_lb * LB)
-        self.latest = self.permanent = self.written = self.prev_written = self.oldest = 0
+        self.latest = self.permanent = self.written = self.prev_written = self.oldest = self.given_up = 0
         self.writes: list[Write] = []
         self.changed = Signal()
         self.calls: list[str] = []
@@ -114,6 +114,7 @@ class FakeDevice:
     def checkpoint(self) -> None:
         """Bring the data device up to the permanent log, durably."""
         self.written = self.prev_written = self.permanent
+        self.oldest = max(self.oldest, min(self.given_up, self.prev_written))
         self.checkpoints += 1
 
     # accidents
@@ -135,6 +136,7 @@ class FakeDevice:
         self.data[:] = self.image_at(self.permanent)
         self.writes = kept
         self.written = self.prev_written = self.permanent
+        self.given_up = 0
         self.changed.set()
 
     def image_at(self, lsid: int) -> bytes:
@@ -202,11 +204,12 @@ class FakeDevice:
 
     def set_oldest(self, lsid: int) -> None:
         self.before_set_oldest(lsid)
-        if not self.oldest <= lsid <= self.prev_written:
+        if not self.oldest <= lsid <= self.permanent:
             raise Refused("cannot delete log up to there", lsid=lsid)
         if lsid < self.permanent and not self.ring.has_pack(lsid):
             raise Refused("no pack begins at that lsid", lsid=lsid)
-        self.oldest = lsid
+        self.given_up = max(self.given_up, lsid)
+        self.oldest = max(self.oldest, min(self.given_up, self.prev_written))
 
     def reset(self) -> DeviceInfo:
         self._reset()
@@ -258,7 +261,7 @@ class FakeDevice:
             device_size_lb=old.device_size_lb,
         )
         self._write_superblock()
-        self.latest = self.permanent = self.written = self.prev_written = self.oldest = 0
+        self.latest = self.permanent = self.written = self.prev_written = self.oldest = self.given_up = 0
         self.overflow = False
         self.writes.clear()
         self._data_at_reset = bytes(self.data)

@@ -288,6 +288,8 @@ async def test_damaged_log_is_never_sent(tmp_path: Path) -> None:
         assert [path.name for path in kept] == [f"logpackheader-{good}"]
         assert len(kept[0].read_bytes()) == PB
         assert rig.device.oldest <= done.lsid
+        rig.device.checkpoint()
+        assert rig.device.oldest == done.lsid, "the device knows what it may give up"
 
 
 async def test_pack_larger_than_a_transfer_is_told(tmp_path: Path) -> None:
@@ -421,3 +423,5 @@ async def test_log_is_erased_only_up_to_the_checkpoint(tmp_path: Path) -> None:
         assert not rig.device.overflow
         done: LogPoint = rig.server.volumes[VOL].record.done
         assert rig.device.oldest <= done.lsid
+        rig.device.checkpoint()
+        assert rig.device.oldest == done.lsid, "the device knows what it may give up"

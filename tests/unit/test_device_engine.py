@@ -329,7 +329,7 @@ def test_checkpoint_and_set_oldest() -> None:
             await client.write(i, block(i, 2))
             ends.append(lsids.latest)
         with pytest.raises(Refused):
-            await engine.set_oldest(ends[0])  # not on the data device for good
+            await engine.set_oldest(ends[0])  # not permanent
         await engine.drain()
         await engine.take_checkpoint()
         assert lsids.prev_written == ends[-1]
@@ -346,6 +346,52 @@ def test_checkpoint_and_set_oldest() -> None:
 
     disk = make_disk()
     device(body, disk)
+
+
+def test_log_that_nobody_needs_goes_with_the_checkpoint() -> None:
+    """What a consumer has taken is not on the data device for good yet: it is given up as soon as it is."""
+
+    async def body(engine: Engine, client: Client) -> None:
+        lsids = engine.core.lsids
+        for i in range(3):
+            await client.write(i, block(i))
+        end = lsids.latest
+        await client.flush()
+        await engine.set_oldest(end)
+        await client.write(3, block(3))
+        assert (lsids.oldest, superblock_of(disk)[0]) == (0, 0), "redo needs it"
+        await engine.drain()
+        await engine.take_checkpoint()
+        assert lsids.oldest == superblock_of(disk)[0] == end
+        assert lsids.prev_written == lsids.latest > end
+        await engine.set_oldest(end)  # again, and nothing happens
+        await engine.reset_wal()
+        for i in range(10):
+            await client.write(i, block(i))
+        await engine.drain()
+        await engine.take_checkpoint()
+        assert lsids.oldest == superblock_of(disk)[0] == 0, "of the new log nobody has taken anything"
+
+    disk = make_disk()
+    device(body, disk)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_burst_waits_for_a_checkpoint_instead_of_overflowing(seed: int) -> None:
+    """The consumer keeps up; only the data device and its checkpoints are behind."""
+
+    async def body(engine: Engine, client: Client) -> None:
+        lsids = engine.core.lsids
+        for i in range(150):
+            assert await client.write(i, block(i % 251)) == 0
+            if i % 8 == 7:
+                await client.flush()
+                await engine.set_oldest(lsids.permanent)
+        assert lsids.latest > 4 * engine.core.ring_pb
+        assert not engine.core.overflow
+
+    lazy = Tuning(checkpoint_interval_s=3600, data_delay_s=0.2)
+    device(body, make_disk(ring_pb=64), tuning=lazy, seed=seed)
 
 
 def test_periodic_checkpoints() -> None:
