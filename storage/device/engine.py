@@ -234,7 +234,7 @@ class Engine:
         await self.checkpoints.take()
 
     async def set_oldest(self, lsid: int) -> None:
-        """Give up the log below `lsid`: durably as far as `prev_written`; a checkpoint that raises it does the rest.
+        """Give up the log below `lsid`: durably as far as `prev_written`; a later checkpoint does the rest.
 
         Raises Refused unless oldest <= lsid <= permanent and a pack begins at `lsid` (or the log ends there).
         """
