@@ -16,9 +16,19 @@ need_debian() {
   sudo apt-get update && sudo apt-get install --no-install-recommends -y$missing"
     fi
     say "installing Debian packages:$missing"
-    apt-get update -qq >/dev/null
+    tries=0
+    until install_debian "$missing"; do # another process may be installing something
+        tries=$((tries + 1))
+        [ "$tries" -lt 5 ] || die "Debian packages could not be installed:$missing"
+        sleep 5
+    done
+}
+
+install_debian() {
     # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing >/dev/null
+    apt-get update -qq >/dev/null &&
+        DEBIAN_FRONTEND=noninteractive apt-get install -o DPkg::Lock::Timeout=300 \
+            -qq -y --no-install-recommends $1 >/dev/null
 }
 
 # find_python: print a Python of at least 3.11 that can make virtual environments and compile extensions.

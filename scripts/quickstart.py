@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from walbd.storage.device.nbd_client import NbdVolume
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "var" / "quickstart"
 BIN = Path(sys.executable).parent
-PORTS = {"s0": 15000, "p0": 15001, "a0": 15002}
+PORTS = range(15000, 25000, 10)  # of the storage; proxy and archive have the next two. The first that are free
 VOLUME = "vol0"
 SIZE_B = 256 << 20
 DEVICES = HOME / "device"
@@ -32,15 +34,17 @@ IMAGE = HOME / "truth.img"  # what the volume must hold, kept beside it to compa
 
 def main() -> None:
     what = sys.argv[1] if len(sys.argv) > 1 else "run"
+    HOME.parent.mkdir(exist_ok=True)
     try:
-        if what in ("stop", "clean"):
-            stop()
-            if what == "clean":
+        with only_one(HOME.with_suffix(".lock")):
+            if what in ("stop", "clean"):
+                stop()
+                if what == "clean":
+                    shutil.rmtree(HOME, ignore_errors=True)
+            else:
+                stop(quiet=True)
                 shutil.rmtree(HOME, ignore_errors=True)
-        else:
-            stop(quiet=True)
-            shutil.rmtree(HOME, ignore_errors=True)
-            run()
+                run()
     except WalbError as exc:
         sys.exit(f"quickstart: {exc}" + (f"\nhint: {exc.hint}" if exc.hint else "") + f"\nlogs: {HOME}/*.log")
 
@@ -100,6 +104,21 @@ about two seconds later on. Look around:
 docs/README.md says where to read on. Stop it with: scripts/quickstart stop""")
 
 
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Let others who come here wait until the block ends."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("Another quickstart is at work: waiting for its end")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def make_image() -> None:
     with IMAGE.open("wb") as file:
         file.truncate(SIZE_B)
@@ -130,22 +149,43 @@ def start_group() -> None:
     done = subprocess.run([BIN / "walbd", *create, *files], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"quickstart: {done.stderr.strip()}")
-    servers = [("s0", "storage"), ("p0", "proxy"), ("a0", "archive")]
+    spawn("device", "device", "serve", VOLUME, "--base-dir", str(DEVICES))
+    # From the choice of ports until they are in use: in another checkout somebody may do the same.
+    with only_one(Path(tempfile.gettempdir()) / f"walbd-quickstart-{os.getuid()}.lock"):
+        start_servers(free_ports())
+
+
+def start_servers(first: int) -> None:
+    servers = [("s0", "storage", first), ("p0", "proxy", first + 1), ("a0", "archive", first + 2)]
     GROUP.write_text(
         'group = "default"\n'
         + "".join(
-            f'\n[[{kind}]]\nname = "{name}"\nhost = "127.0.0.1"\nport = {PORTS[name]}\n' for name, kind in servers
+            f'\n[[{kind}]]\nname = "{name}"\nhost = "127.0.0.1"\nport = {port}\n' for name, kind, port in servers
         )
         + f'\n[volumes.{VOLUME}]\ntarget = "s0"\ndevices = {{ s0 = "{DEVICES / VOLUME}" }}\narchives = ["a0"]\n'
     )
-    spawn("device", "device", "serve", VOLUME, "--base-dir", str(DEVICES))
-    for name, kind in reversed(servers):
+    for name, kind, port in reversed(servers):
         base = HOME / name
         base.mkdir()
-        args = [kind, "--node-id", name, "--port", str(PORTS[name]), "--base-dir", str(base)]
+        args = [kind, "--node-id", name, "--port", str(port), "--base-dir", str(base)]
         if kind == "storage":
-            args += ["--archive", f"127.0.0.1:{PORTS['a0']}", "--proxy", f"127.0.0.1:{PORTS['p0']}"]
+            args += ["--archive", f"127.0.0.1:{first + 2}", "--proxy", f"127.0.0.1:{first + 1}"]
         spawn(name, *args)
+
+
+def free_ports() -> int:
+    """Return the first of three ports on which nobody listens."""
+    return next((first for first in PORTS if all(map(is_free, range(first, first + 3)))), PORTS[0])
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections are in nobody's way
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def spawn(name: str, *args: str) -> None:
@@ -185,7 +225,7 @@ def stop(*, quiet: bool = False) -> None:
     for pid_file in sorted(HOME.glob("*.pid"), reverse=True):
         pid = int(pid_file.read_text())
         command = Path(f"/proc/{pid}/cmdline")
-        if command.exists() and b"walbd" in command.read_bytes():
+        if command.exists() and os.fsencode(HOME) in command.read_bytes():
             os.kill(pid, signal.SIGTERM)
             for _ in range(300):
                 if not command.exists() or not command.read_bytes():
@@ -249,4 +289,5 @@ def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ from walbd.units import LB
 P = ParamSpec("P")
 T = TypeVar("T")
 
-IO_TIMEOUT_S = 10.0
+IO_TIMEOUT_S = 120.0
 UUID = bytes(range(16))
 
 

@@ -88,7 +88,7 @@ class FakeServer:
             self._main = None
 
     async def _serve(self, started: asyncio.Future[None], stop: asyncio.Event) -> None:
-        me = Me(node=self.name, kind=self.kind, io_timeout_s=10)
+        me = Me(node=self.name, kind=self.kind, io_timeout_s=60)
         handlers = {cls: self._guard(handler) for cls, handler in self.handlers().items()}
         server = Server(self.group.env, me, handlers | self.streams())
         background: asyncio.Task[None] | None = None
