@@ -92,6 +92,7 @@ class Process:
         self.name = name
         self.args = args
         self.log = directory / f"{name}.log"
+        self.program = ["-m", "walbd.cli"]
         self._notify = directory / f"{name}.ready"
         self._ready: socket.socket | None = None
         self._may_die = False
@@ -123,7 +124,7 @@ class Process:
         env.pop("COLUMNS", None)
         with self.log.open("ab") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "walbd.cli", *self.args, *more_args],
+                [sys.executable, *self.program, *self.args, *more_args],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

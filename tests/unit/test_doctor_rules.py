@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import pytest
 
@@ -395,6 +397,18 @@ def test_only_work_on_the_volume_explains_a_passing_state(changes: dict[str, obj
     assert "no job is at work" in scene.only("stuck").text
     scene.jobs["a1"] = [JobInfo(**fields)]  # type: ignore[arg-type]
     assert scene.look() == []
+
+
+def test_how_old_work_is_tells_the_clock_of_its_server() -> None:
+    """Not that of the one who looks, who may be an hour ahead."""
+    scene = Scene().part("a1", state="ReplSyncAsServer")
+    fields = {"job": 1, "name": "replicate", "volume": "vol0", "state": JobState.RUNNING, "started": NOW - 5}
+    scene.jobs["a1"] = [JobInfo(**fields)]  # type: ignore[arg-type]
+    ahead = dataclasses.replace(scene.observe(), now=NOW + 3600)
+    assert "stuck" not in [f.code for f in diagnose(dataclasses.replace(ahead, before=ahead))]
+    scene.jobs["a1"] = [JobInfo(**fields | {"started": NOW - 3600})]  # type: ignore[arg-type]
+    behind = dataclasses.replace(scene.observe(), now=NOW - 3600)
+    assert "stuck" in [f.code for f in diagnose(dataclasses.replace(behind, before=behind))]
 
 
 @pytest.mark.parametrize("changes", [{"volume": "vol1"}, {"name": "stop"}, {"ended": NOW - 3600}])

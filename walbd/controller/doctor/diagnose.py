@@ -107,7 +107,8 @@ def _stuck(case: Case) -> list[Finding]:
         evidence: dict[str, str | int] = {"state": state}
         if running:
             where, job = running[0]
-            age_s = case.o.now - job.started
+            status = case.o.seen[where].status  # its own clock: that of the one who looks may be wrong
+            age_s = (status.now if status is not None else case.o.now) - job.started
             if age_s < STUCK_S or _moved(case, running):
                 continue
             evidence |= {
