@@ -55,7 +55,8 @@ log = structlog.get_logger()
 T = TypeVar("T")
 Change = Callable[[VolumeRecord], VolumeRecord]
 
-QUEUE_MAX: Final = 1000  # in an outage of days, from here on only the newest implicit snapshot is kept
+QUEUE_MAX: Final = 1000  # of snapshots that wait: from here on no implicit ones are taken
+EXPLICIT_MAX: Final = 10_000  # and from here on no explicit ones, so that the record stays of a fair size
 
 FP_RECORD_BEFORE_SAVE: Final = failpoints.register(
     "storage.record.before_save", "the old record: the change was not answered and did not happen"
@@ -440,15 +441,25 @@ class Volume:
     async def push_point(self, lsid: int, *, uuid: bytes, explicit: bool, now: int) -> LogPoint | None:
         """Push a snapshot at `lsid` of the log `uuid`, durably; None when a later one was pushed meanwhile.
 
-        Raises HistoryBroken when the log was reset meanwhile.
+        None, too, for an implicit one when many wait: once those are delivered, the next one is taken. None that
+        was pushed is ever taken back, as a piece that ends there may have been delivered, and its generation could
+        then come again with other contents. Raises HistoryBroken when the log was reset meanwhile, Refused for an
+        explicit one when far too many wait.
         """
         made: list[LogPoint] = []
 
         def push(record: VolumeRecord) -> VolumeRecord:
             if record.uuid != uuid:
                 raise HistoryBroken("the log was reset meanwhile", hint="try again")
-            if lsid < record.newest.lsid:
+            if lsid < record.newest.lsid or (not explicit and len(record.queue) >= QUEUE_MAX):
                 return record
+            if len(record.queue) >= EXPLICIT_MAX:
+                raise Refused(
+                    "too many snapshots wait to be delivered",
+                    hint="see the error of the volume in the status: its log is not sent",
+                    volume=self.name,
+                    waiting=len(record.queue),
+                )
             point = new_point(
                 record.done,
                 record.queue,
@@ -458,10 +469,7 @@ class Volume:
                 size_max_pb=self.size_max_pb,
             )
             made.append(point)
-            queue = record.queue
-            if not explicit and len(queue) >= QUEUE_MAX and queue[-1].mergeable:
-                queue = queue[:-1]  # its gid is not used again: a piece that ends there may have been delivered
-            return msgspec.structs.replace(record, queue=(*queue, point))
+            return msgspec.structs.replace(record, queue=(*record.queue, point))
 
         hit(FP_SNAPSHOT_BEFORE_SAVE, self.directory)
         await self.update(push)

@@ -229,6 +229,19 @@ def test_an_archive_refuses_for_another_reason() -> None:
     assert calls(finding) == ["kick_proxy('vol0', a1)"]
 
 
+@pytest.mark.parametrize(
+    ("since_s", "error", "codes"),
+    [(61, "no proxy takes the log", ["log-not-sent"]), (61, "", []), (30, "no proxy takes the log", [])],
+)
+def test_log_that_nobody_takes(since_s: int, error: str, codes: list[str]) -> None:
+    scene = Scene().part("s0", lag_lb=8, waiting_since=NOW - since_s, error=error)
+    found = scene.look()
+    assert [f.code for f in found] == codes
+    assert all(error in f.text and "61 s" in f.text and "hash-backup" in f.by_hand for f in found)
+    scene.part("s0", state="Stopped")
+    assert scene.codes() == ["storage-stopped"]
+
+
 # Proxies
 
 

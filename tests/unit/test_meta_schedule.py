@@ -102,6 +102,18 @@ def test_implicit_snapshots_are_due() -> None:
     assert not is_implicit_due([point(10, 1, timestamp=0)], 10, 100, 2)
 
 
+def test_implicit_snapshots_of_an_outage_are_few_and_evenly_dense() -> None:
+    """The k-th is never further from the one before than a part of the time since the first."""
+    queue, now = [point(0, 1, timestamp=0)], 0
+    while now < 30 * 86400:
+        now += 10  # a retry that fails, with new log each time
+        if is_implicit_due(queue, now, now, 2):
+            queue.append(point(now, len(queue) + 1, timestamp=now))
+    assert 500 < len(queue) < 800
+    for before, after in itertools.pairwise(queue):
+        assert after.timestamp - before.timestamp <= max(10, after.timestamp // 32)
+
+
 def test_snapshots_that_are_refused() -> None:
     with pytest.raises(HistoryBroken):  # never reset
         new_point(NO_POINT, [], 10, explicit=True, now=0, size_max_pb=10)

@@ -11,6 +11,7 @@ from walbd.controller.overview import Word
 from walbd.protocol.control import VolumeStatus
 from walbd.units import LB, format_size
 
+NOT_SENT_S = 60  # log that waits for longer with an error is told of
 LOG_ERROR_S = 3600  # a log that is full sooner is an error
 
 
@@ -251,7 +252,28 @@ def _target(case: Case, v: VolumeStatus) -> list[Finding]:
             evidence |= {"last_job": last.name, "job_state": str(last.state), "job_error": last.error}
             text += f"; the last {last.name} has {last.state}" + (f": {last.error}" if last.error else "")
         return [_backup_finding(case, "no-target", text, evidence, look_again=True)]  # or a backup begins
-    return _log(case, name, v)
+    return [*_not_sent(case, name, v), *_log(case, name, v)]
+
+
+def _not_sent(case: Case, name: str, v: VolumeStatus) -> list[Finding]:
+    """A target that has had an error, and log waiting, for longer than any retry takes."""
+    status = case.o.seen[name].status
+    waits_s = status.now - v.waiting_since if status is not None and v.waiting_since and v.lag_lb else 0
+    if v.state != k.sTarget or not v.error or waits_s <= NOT_SENT_S:
+        return []
+    return [
+        finding(
+            "log-not-sent",
+            f"the log of {case.vol} at {name} has not been sent for {waits_s} s: {v.error}",
+            server=name,
+            volume=case.vol,
+            evidence={"waits_s": waits_s, "not_delivered_b": v.lag_lb * LB, "error": v.error},
+            by_hand="mend what the text names; it goes on by itself then. Where the log itself is damaged, only a "
+            f"backup does: walbc stop {name} {case.vol}, walbc hash-backup {case.vol} --storage {name}",
+            steps=(Step("kick_storage_all", ()),),
+            look_again=True,
+        )
+    ]
 
 
 def _nobody(case: Case) -> list[Finding]:

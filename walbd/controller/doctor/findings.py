@@ -130,6 +130,7 @@ CODES: Final[Mapping[str, Kind]] = {
     ),
     # to know
     "log-filling": Kind(_E, NOTES, "a log is nearly full", "a full log is an overflow"),
+    "log-not-sent": Kind(_E, NOTES, "a storage cannot send its log", "the log fills; a full log is an overflow"),
     "lagging": Kind(_W, NOTES, "an archive is far behind", "what it lacks is lost with the storage"),
     "possible-gap": Kind(
         _W, NOTES, "generations are missing, and a proxy that may have them cannot be asked", "see gap"

@@ -20,6 +20,8 @@ from walbd.format.meta.times import check_time
 from walbd.ids import INVALID_LSID, NO_GID, Gid, Lsid
 from walbd.units import UINT64_MAX
 
+_APART: Final = 64
+
 
 @dataclass(frozen=True, slots=True)
 class LogPoint:
@@ -93,8 +95,15 @@ def drop_delivered(done: LogPoint, queue: Sequence[LogPoint]) -> tuple[LogPoint,
 
 
 def is_implicit_due(queue: Sequence[LogPoint], latest: int, now: int, interval_s: int) -> bool:
-    """Tell whether the transfer loop should take an implicit snapshot at the newest lsid `latest`."""
-    return not queue or (queue[-1].lsid < latest and queue[-1].timestamp + interval_s <= now)
+    """Tell whether the transfer loop should take an implicit snapshot at the newest lsid `latest`.
+
+    The longer nothing was delivered, the further apart they are: a 64th of the age of the oldest that waits. So an
+    outage of a month leaves 700 of them, and an early one as many as a late one.
+    """
+    if not queue:
+        return True
+    apart_s = max(interval_s, (now - queue[0].timestamp) // _APART)
+    return queue[-1].lsid < latest and queue[-1].timestamp + apart_s <= now
 
 
 def plan_transfer(
