@@ -17,10 +17,11 @@ import structlog
 
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Env, Pool
+from walbd.daemon.pipeline import Pipeline
 from walbd.errors import Busy, DiskFull, Refused
 from walbd.format.meta import Diff
 from walbd.format.superblock import PBS_VALUES
-from walbd.fs import Buf, failpoints
+from walbd.fs import failpoints
 from walbd.fs.disk import disk_errors
 from walbd.protocol.base import Kind, Ok
 from walbd.protocol.transfer import WlogAccepted, WlogChunk, WlogEnd, WlogOffer
@@ -133,25 +134,16 @@ class Receiver:
 
     async def _convert(self, conn: Connection, converter: WlogConverter) -> WlogEnd:
         """Take chunks until the end; one is converted while the next one comes, and no more are held."""
-        work: asyncio.Task[None] | None = None
-        try:
+        async with Pipeline(0) as pipeline:
             while True:
                 message, payload = await conn.receive()
-                if work is not None:
-                    await work
                 if isinstance(message, WlogEnd) and not payload:
+                    await pipeline.drain()
                     return message
                 if not isinstance(message, WlogChunk):
                     raise conn.unexpected(message, WlogChunk, WlogEnd)
-                work = asyncio.create_task(self._add(converter, message, payload))
-        finally:
-            if work is not None:
-                await asyncio.wait({work})
-                if not work.cancelled():
-                    work.exception()  # seen: an error that came before it is the one to tell
-
-    async def _add(self, converter: WlogConverter, chunk: WlogChunk, payload: Buf) -> None:
-        await self._env.pools.run(Pool.RECEIVE, converter.add, chunk, payload)
+                work = self._env.pools.run(Pool.RECEIVE, converter.add, message, payload)
+                await pipeline.push(work, len(payload))
 
     async def _commit(self, converter: WlogConverter, end: WlogEnd, offer: WlogOffer, volume: Volume) -> Diff:
         await self._env.pools.run(Pool.RECEIVE, converter.finish, end)

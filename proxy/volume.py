@@ -11,20 +11,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 import structlog
 
 from walbd.daemon.env import Env, Pool
+from walbd.daemon.flow import unless
 from walbd.daemon.logs import error_fields
 from walbd.daemon.states import Machine, StopMode
 from walbd.daemon.tasks import uninterrupted
-from walbd.errors import AlreadyExists, BadState, CorruptData, DiskFailed, ForceStopped, NotFound, WalbError
+from walbd.errors import AlreadyExists, BadState, CorruptData, DiskFailed, NotFound, WalbError
 from walbd.format.meta import BadLabel, Diff, Snapshot, diff_name, merge_all, parse_diff_name
 from walbd.format.wdiff_merge import verify
 from walbd.format.wdiff_read import WdiffReader, open_wdiff
@@ -230,25 +231,9 @@ class Volume:
         self._gave_up = True
         self.machine.changed.set()
 
-    async def unless_forced(self, work: Coroutine[Any, Any, T]) -> T:
+    async def unless_forced(self, work: Awaitable[T]) -> T:
         """Await `work`, or cancel it and raise ForceStopped when running work has to give up."""
-        task = asyncio.ensure_future(work)
-        forced = asyncio.ensure_future(self.machine.changed.wait_for(lambda: self.forced))
-        try:
-            await asyncio.wait({task, forced}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
-            if task.cancelled():
-                raise ForceStopped("given up because of a forced stop", volume=self.name)
-            return task.result()
-        finally:
-            forced.cancel()
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
-            if not task.cancelled():
-                task.exception()  # seen: whoever is cancelled has no use for it
+        return await unless(lambda: self.machine.changed.wait_for(lambda: self.forced), work, volume=self.name)
 
     # --- archives
 

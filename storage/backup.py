@@ -115,7 +115,7 @@ class Backup(ABC):
         volume = self._volume
         async with stack:
             try:
-                return await volume.unless_forced(lambda: self._in_slot(job, conn, step, gid, accepted))
+                return await volume.unless_forced(self._in_slot(job, conn, step, gid, accepted))
             except (ConnectError, TimedOut, RemoteError):
                 raise
             except WalbError as exc:

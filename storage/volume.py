@@ -28,7 +28,6 @@ from walbd.daemon.tasks import uninterrupted
 from walbd.errors import (
     BadState,
     ConnectError,
-    ForceStopped,
     HistoryBroken,
     ReadOnlyDevice,
     Refused,
@@ -602,23 +601,13 @@ class Volume:
         if self._monitor is not None:
             self.shared.scheduler.push(self.name)
 
-    async def unless_forced(
-        self, work: Callable[[], Awaitable[T]], *, also: Callable[[], bool] = lambda: False
-    ) -> T:
-        """Await `work()`; a forced stop, or `also()`, cuts it short with ForceStopped."""
+    async def unless_forced(self, work: Awaitable[T], *, also: Callable[[], bool] = lambda: False) -> T:
+        """Await `work`; a forced stop, or `also()`, cuts it short with ForceStopped."""
 
         def is_cut() -> bool:
             return self.machine.stopping is StopMode.FORCE or also()
 
-        result: list[T] = []
-
-        async def keep() -> bool:
-            result.append(await work())
-            return True
-
-        if await unless(lambda: self.machine.changed.wait_for(is_cut), keep()) is None:
-            raise ForceStopped("given up because of a forced stop", volume=self.name)
-        return result[0]
+        return await unless(lambda: self.machine.changed.wait_for(is_cut), work, volume=self.name)
 
     @property
     def sends(self) -> bool:

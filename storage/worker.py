@@ -89,9 +89,7 @@ class Worker:
             with volume.machine.action(WLOG_SEND, volume.shared.now()):
                 info = await volume.info()
                 check_history(volume.record, info.lsids)
-                again = await volume.unless_forced(
-                    lambda: self._step(volume, info), also=lambda: not volume.monitored
-                )
+                again = await volume.unless_forced(self._step(volume, info), also=lambda: not volume.monitored)
         except ForceStopped:
             return None
         except WalbError as exc:

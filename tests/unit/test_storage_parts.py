@@ -21,7 +21,7 @@ from tests.kit.virtual import InlinePools, run
 from walbd.daemon.config import load as load_config
 from walbd.daemon.flow import ahead, in_order, unless
 from walbd.daemon.full_copy import Zeros, cut_piece, granule_of
-from walbd.errors import ConfigError, CorruptData, HistoryBroken, NotFound, Refused, WlogOverflow
+from walbd.errors import ConfigError, CorruptData, ForceStopped, HistoryBroken, NotFound, Refused, WlogOverflow
 from walbd.format.meta import LogPoint
 from walbd.fs import OsFileSystem
 from walbd.ids import Gid, Lsid
@@ -144,10 +144,12 @@ def test_unless() -> None:
 
     async def main() -> None:
         ended: list[str] = []
-        assert await unless(lambda: asyncio.sleep(5), after(1, ended)) == "done"
-        assert await unless(lambda: asyncio.sleep(1), after(5, ended)) is None
+        assert await unless(lambda: asyncio.sleep(5), after(1, ended), volume="v") == "done"
+        with pytest.raises(ForceStopped) as caught:
+            await unless(lambda: asyncio.sleep(1), after(5, ended), volume="v")
+        assert caught.value.facts == {"volume": "v"}
         assert ended == ["work", "work"]
-        both = asyncio.ensure_future(unless(lambda: asyncio.sleep(9), after(9, ended)))
+        both = asyncio.ensure_future(unless(lambda: asyncio.sleep(9), after(9, ended), volume="v"))
         await asyncio.sleep(1)
         both.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 from walbd.daemon.env import Env
+from walbd.daemon.flow import cancel_all
 from walbd.daemon.net import Address, FrameStream
 from walbd.errors import ConnectError, Refused, RemoteError, RemoteProtocolError, TimedOut, WalbError
 from walbd.fs import Buf
@@ -230,6 +231,4 @@ async def with_filler(conn: Connection, work: Coroutine[Any, Any, T], *, every_s
                 return task.result()
             await conn.send(Filler())
     finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
+        await cancel_all([task])

@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
+from walbd.errors import ForceStopped
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -94,8 +96,11 @@ async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
             task.exception()  # seen: nobody is left to whom it matters
 
 
-async def unless(stop: Callable[[], Awaitable[object]], work: Awaitable[T]) -> T | None:
-    """Return the result of `work`; None if `stop()` returned first: then `work` was cancelled and has ended."""
+async def unless(stop: Callable[[], Awaitable[object]], work: Awaitable[T], *, volume: str) -> T:
+    """Return the result of `work`; if `stop()` returns first, cancel it, wait for its end and raise ForceStopped.
+
+    What `work` returns or raises when it ends in spite of that goes before. `volume` is whose work it is.
+    """
     working = asyncio.ensure_future(work)
     stopping = asyncio.ensure_future(stop())
     try:
@@ -104,7 +109,7 @@ async def unless(stop: Callable[[], Awaitable[object]], work: Awaitable[T]) -> T
             working.cancel()
             await asyncio.wait({working})
             if working.cancelled():
-                return None
+                raise ForceStopped("given up because of a forced stop", volume=volume)
         return working.result()
     finally:
         await cancel_all([working, stopping])
