@@ -360,6 +360,21 @@ def test_compared_diffs_are_taken_only_from_their_own_image() -> None:
     assert manager.chain(Snapshot.clean(0)) == [at("0>2"), at("2>3")]
     assert manager.chain(Snapshot.clean(1)) == [at("1>9")]
     assert manager.merge_candidates(1) == [at("1>9")]
+    manager.add(at("1>5", comp=True))
+    manager.erase(at("1>9"))
+    assert manager.chain(Snapshot.clean(1)) == [at("1>5")]  # the other one of the same image is still there
+    manager.erase(at("1>5"))
+    assert manager.chain(Snapshot.clean(1)) == [at("0>2"), at("2>3")]
+
+
+def test_a_scan_may_open_as_many_files_as_allowed() -> None:
+    manager = DiffManager([at("0>1"), at("1>2"), at("2>3")])
+    state = BaseState.parse("<|0|>")
+    assert manager.to_scan(state, 3, n_max=3) == list(manager)
+    with pytest.raises(NotReachable, match="too many diffs"):
+        manager.to_scan(state, 3, n_max=2)
+    with pytest.raises(NotReachable, match="no diff ends"):
+        DiffManager([at("1>2")]).to_scan(BaseState.parse("<|1|>"), 0)
 
 
 def test_many_diffs_are_walked_in_one_sweep() -> None:

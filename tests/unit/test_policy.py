@@ -363,6 +363,24 @@ def test_every_verdict_has_a_reason(situation: tuple[list[RestorePoint], Policy,
     assert all(verdict.kept for verdict in verdicts if verdict.timestamp > now)
 
 
+def test_how_long_a_point_is_kept() -> None:
+    """Rule after rule: a point is handed on to the next, the first rule spends one on the period of today."""
+    times = [at("2024-05-01") + 6 * 3600 * i for i in range(41)]
+
+    def days(keep: str, gid: int) -> float:
+        policy = Policy(levels=(), keep=Grid.parse(keep))
+        verdict = explain(points_at(times), [], [], policy, 1 << 40)[gid - 1]
+        assert verdict.kept
+        return (verdict.until - verdict.timestamp) / 86_400
+
+    assert days("all=2d", 40) == 2
+    assert days("all=2d daily=3", 40) == 5  # the last of its day
+    assert days("all=2d daily=3", 39) == 2
+    assert days("daily=3", 40) == 2
+    assert days("all=2d daily=3 weekly=2", 40) == 5  # not the last of its week
+    assert days("all=2d daily=3 weekly=2", 20) == 5 + 14  # a Sunday
+
+
 @pytest.mark.parametrize("levels", ["none", "1h:30m 5h:2h"])
 @pytest.mark.parametrize("keep", ["all=6h hourly=5 daily=3", "all=1d", "daily=3 weekly=1", "hourly=30 monthly=1"])
 def test_until_then_a_point_is_kept_while_backups_go_on(levels: str, keep: str) -> None:

@@ -311,9 +311,7 @@ class DiffIndex:
         if entry.diff.comp != diff.comp:
             raise ValueError("a diff does not become or cease to be compared")
         self._size_b += diff.size_b - entry.diff.size_b
-        del self._entries[diff]
         entry.diff = diff
-        self._entries[diff] = entry
 
     # --- inside
 
