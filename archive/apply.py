@@ -21,6 +21,7 @@ import structlog
 
 from walbd.archive.colds import colds_of, erase_images, without
 from walbd.archive.diffs import remove_diffs
+from walbd.archive.holds import held_now
 from walbd.archive.opening import open_diffs
 from walbd.archive.states import APPLY
 from walbd.archive.volume import Volume
@@ -28,7 +29,7 @@ from walbd.daemon.env import Pool
 from walbd.daemon.jobs import Job
 from walbd.daemon.logs import error_fields
 from walbd.daemon.tasks import uninterrupted
-from walbd.errors import WalbError
+from walbd.errors import Refused, WalbError
 from walbd.format.meta import BaseState, Diff, NotReachable
 from walbd.format.wdiff_merge import verify
 from walbd.format.wdiff_read import WdiffReader
@@ -57,7 +58,10 @@ FP_BEFORE_ERASE: Final = failpoints.register(
 
 
 def plan_apply(volume: Volume, gid: int) -> list[Diff]:
-    """Return the next round on the way to `gid`; raises NotReachable when there is nothing to do at all."""
+    """Return the next round on the way to `gid`.
+
+    Raises NotReachable when there is nothing to do at all, and Refused when a held snapshot would vanish.
+    """
     diffs = _next_round(volume, gid)
     if not diffs:
         raise NotReachable(
@@ -66,6 +70,16 @@ def plan_apply(volume: Volume, gid: int) -> list[Diff]:
             gid=gid,
             base=str(volume.base),
         )
+    after = volume.base.end_applying(volume.diffs.to_apply(volume.base, gid)).begin
+    for hold in held_now(volume):
+        if hold.gid < after.gid_b and any(point.gid == hold.gid for point in volume.restorable(all_points=True)):
+            raise Refused(
+                "a held snapshot lies below",
+                hint="apply up to it; delete-hold gives it up",
+                gid=hold.gid,
+                kept_for=hold.reason,
+                base_after=str(after),
+            )
     return diffs
 
 

@@ -19,6 +19,7 @@ from typing import Final
 import structlog
 
 from walbd.archive.diffs import remove_diffs
+from walbd.archive.holds import held_now
 from walbd.archive.opening import open_diffs
 from walbd.archive.states import MERGE
 from walbd.archive.volume import Volume, check_room
@@ -29,7 +30,7 @@ from walbd.daemon.tasks import uninterrupted
 from walbd.errors import AlreadyExists, Refused, UsageError, WalbError
 from walbd.format.compress import CompressOpt
 from walbd.format.meta import Diff, NotMergeable, can_merge_all, diff_name, merge_all
-from walbd.format.retention import is_holding, reference_time
+from walbd.format.planning import states_inside
 from walbd.format.wdiff_merge import merge, verify
 from walbd.format.wdiff_read import WdiffReader, open_wdiff
 from walbd.fs import TempFile, failpoints
@@ -94,8 +95,9 @@ def check_merge(volume: Volume, diffs: Sequence[Diff]) -> Diff:
     label = merge_all(diffs)
     if label in volume.diffs:
         raise AlreadyExists("this diff is there already", hint="run gc-diff", diff=str(label))
+    vanishing = states_inside(diffs)
     for gid, why in protected(volume):
-        if label.begin.gid_b < gid < label.end.gid_b:
+        if gid in vanishing:  # not where there is no snapshot: the replica may have one of another history there
             raise Refused(
                 "a snapshot that must be kept lies inside",
                 hint="merge up to it, or from it on; delete-hold and forget-replica give it up",
@@ -108,10 +110,8 @@ def check_merge(volume: Volume, diffs: Sequence[Diff]) -> Diff:
 
 def protected(volume: Volume) -> Iterator[tuple[int, str]]:
     """Yield the generations that no merge may swallow, each with the reason: holds, and where replicas stand."""
-    reference = reference_time(volume.latest.timestamp, volume.place.env.clock.now())
-    for hold in volume.record.holds:
-        if is_holding(hold, reference):
-            yield hold.gid, f"hold: {hold.reason}"
+    for hold in held_now(volume):
+        yield hold.gid, f"hold: {hold.reason}"
     for replica in volume.record.replicas:
         yield replica.gid, f"replica at {replica.node}"
 

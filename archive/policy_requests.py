@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from walbd.archive.policy import PolicyRunner
 from walbd.archive.queries import known
 from walbd.archive.record import VolumeRecord
-from walbd.archive.states import Command
+from walbd.archive.states import APPLY, Command
 from walbd.archive.volume import Volume
 from walbd.daemon.conn import Connection
 from walbd.daemon.env import Clock, Pool, Pools
 from walbd.daemon.server import Handler
-from walbd.errors import NotFound, UsageError
+from walbd.errors import Busy, NotFound, UsageError
 from walbd.format.planning import Apply, Merge, verdicts_on
 from walbd.format.policy import Policy
 from walbd.format.retention import is_holding, reference_time
@@ -150,6 +150,7 @@ class PolicyRequests:
         if len(volume.record.holds) >= HOLDS_MAX:
             raise UsageError("too many holds", hint="delete some", holds=len(volume.record.holds))
 
+        before = [other for other in volume.record.holds if other.gid == request.gid]
         reference = reference_time(volume.latest.timestamp, now)
 
         def change(record: VolumeRecord) -> dict[str, Any]:
@@ -157,8 +158,11 @@ class PolicyRequests:
             return {"holds": tuple(sorted([*others, hold], key=lambda other: other.gid))}
 
         await volume.update(change)
+        if volume.machine.running(APPLY):  # it began before the hold was saved, and looks at holds no more
+            await volume.update(_without(request.gid, before))
+            raise Busy("an apply has just begun", hint="hold the snapshot when it has ended", gid=request.gid)
         if request.gid not in {point.gid for point in volume.restorable(all_points=True)}:
-            await volume.update(_without(request.gid))
+            await volume.update(_without(request.gid, before))
             raise NotFound(
                 "this generation has gone just now", hint="hold one that can be restored", gid=request.gid
             )
@@ -177,5 +181,9 @@ class PolicyRequests:
         return Ok()
 
 
-def _without(gid: int) -> Callable[[VolumeRecord], dict[str, Any]]:
-    return lambda record: {"holds": tuple(hold for hold in record.holds if hold.gid != gid)}
+def _without(gid: int, instead: Sequence[m.Hold] = ()) -> Callable[[VolumeRecord], dict[str, Any]]:
+    def change(record: VolumeRecord) -> dict[str, Any]:
+        others = [hold for hold in record.holds if hold.gid != gid]
+        return {"holds": tuple(sorted([*others, *instead], key=lambda hold: hold.gid))}
+
+    return change

@@ -409,9 +409,13 @@ def _average_b(group: Sequence[Diff]) -> float:
     return sum(diff.size_b for diff in group) / len(group)
 
 
+def states_inside(diffs: Sequence[Diff]) -> set[int]:
+    """Return the generations that vanish when these diffs, which follow one another, become one."""
+    return {diff.begin.gid_b for diff in diffs[1:]} | {diff.end.gid_b for diff in diffs[:-1]}
+
+
 def is_right(action: Merge, facts: Facts) -> bool:
     """Tell whether a merge is still right: its diffs are there, and nothing was protected inside it meanwhile."""
-    inside = {diff.begin.gid_b for diff in action.diffs[1:]}
-    if inside & facts.protected:
+    if states_inside(action.diffs) & facts.protected:
         return False
     return all(facts.diffs.find(diff.begin, diff.end) is not None for diff in action.diffs)

@@ -1,0 +1,91 @@
+"""Held snapshots, and places where replicas stand, when operators merge and apply by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.kit.feeder import ArchiveRig, Feed
+from tests.kit.gate import gated
+from walbd.errors import RemoteError
+from walbd.protocol import control as c
+from walbd.protocol import maintenance as m
+from walbd.protocol.base import JobState
+
+VOL = "vol0"
+
+
+@pytest.fixture
+async def feed(tmp_path: Path) -> AsyncIterator[Feed]:
+    async with ArchiveRig(tmp_path) as rig:
+        feed = Feed(rig)
+        await feed.init()
+        await feed.full_backup()
+        await feed.step(6)
+        yield feed
+
+
+async def hold(feed: Feed, gid: int, reason: str = "audit", until: int = 0) -> None:
+    await feed.rig.call(m.AddHold(volume=VOL, gid=gid, reason=reason, until=until))
+
+
+async def test_nothing_is_applied_past_a_hold_by_hand(feed: Feed) -> None:
+    await hold(feed, 3)
+    with pytest.raises(RemoteError) as caught:
+        await feed.rig.call(c.Apply(volume=VOL, gid=4))
+    assert (caught.value.remote_code, caught.value.facts["gid"]) == ("refused", 3)
+    assert "delete-hold" in caught.value.hint
+    assert feed.rig.volume(VOL).base.begin.gid_b == 0
+    await feed.rig.done(c.Apply(volume=VOL, gid=3))
+    assert 3 in await feed.check()
+    await feed.rig.call(m.DeleteHold(volume=VOL, gid=3))
+    await feed.rig.done(c.Apply(volume=VOL, gid=4))
+    assert await feed.check() == [4, 5, 6]
+
+
+async def test_an_ended_hold_is_in_nobodys_way(feed: Feed) -> None:
+    volume = feed.rig.volume(VOL)
+    await volume.save(holds=(m.Hold(gid=2, reason="x", created=0, until=1),))
+    await feed.rig.done(c.Apply(volume=VOL, gid=4))
+
+
+async def test_a_hold_of_what_an_unfinished_apply_has_passed_does_not_stop_it(feed: Feed) -> None:
+    volume = feed.rig.volume(VOL)
+    base = volume.base.begin_applying(volume.diffs.to_apply(volume.base, 3))
+    await volume.save(base=base, holds=(m.Hold(gid=2, reason="x", created=0),))
+    await feed.rig.restart()
+    await feed.rig.done(c.Apply(volume=VOL, gid=1))
+    assert await feed.check() == [3, 4, 5, 6]
+
+
+async def test_a_hold_and_an_apply_that_begin_together(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either the hold is refused, or the point stays: never a hold of what is just going."""
+    await hold(feed, 6, "of before")
+    for gid in (2, 6):  # an apply to 4 passes the one and not the other
+        with gated(monkeypatch, "archive.record.before_save") as gate:
+            adding = asyncio.create_task(hold(feed, gid))
+            await gate.wait()
+            job = (await feed.rig.call(c.Apply(volume=VOL, gid=4 if gid == 2 else 5))).job
+            gate.open.set()
+            with pytest.raises(RemoteError, match="apply has just begun"):
+                await adding
+        assert (await feed.rig.ended(job)).state is JobState.DONE
+        assert [(hold.gid, hold.reason) for hold in feed.rig.volume(VOL).record.holds] == [(6, "of before")]
+    assert await feed.check() == [5, 6]
+
+
+async def test_a_replica_where_no_snapshot_is_keeps_nothing(feed: Feed) -> None:
+    """It may stand at a generation of another history, which nothing here leads on from."""
+    await feed.rig.done(m.Merge(volume=VOL, gid_b=2, gid_e=4))
+    row = m.ReplicaPosition(node="a1", address="h:1", gid=3, timestamp=0, seen=0)
+    await feed.rig.volume(VOL).save(replicas=(row,))
+    await feed.rig.done(m.Merge(volume=VOL, gid_b=1, gid_e=4))
+    assert await feed.check() == [0, 1, 4, 5, 6]
+    await feed.rig.volume(VOL).save(
+        replicas=(m.ReplicaPosition(node="a1", address="h:1", gid=4, timestamp=0, seen=0),)
+    )
+    with pytest.raises(RemoteError, match="must be kept"):
+        await feed.rig.call(m.Merge(volume=VOL, gid_b=1, gid_e=6))
