@@ -289,10 +289,14 @@ class FullBackup(Request[JobAccepted]):
 
 @message("hash-backup")
 class HashBackup(Request[JobAccepted]):
-    """Send what differs from the primary archive's latest image; accepted only after the archive agreed."""
+    """Send what differs from the primary archive's latest image; accepted only after the archive agreed.
+
+    `gid_past`: the new history begins above this generation, too, as others may have given it out.
+    """
 
     volume: Volume
     bulk_b: Bulk = 64 << 10
+    gid_past: U64 = 0
 
 
 @message("gid")
@@ -657,6 +661,7 @@ class VolumeStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     lost: str = ""  # storage: why the log does not continue what was delivered: a code, or nothing
     log_uuid: str = ""  # storage: of the device's log as it is; `uuid` is that of the history
+    gid_greatest: int = 0  # storage: the greatest generation ever given out there, in whatever history
 
 
 @message("status")

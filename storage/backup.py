@@ -59,9 +59,9 @@ async def begin_full_backup(volume: Volume, bulk_b: int) -> Job:
     return await FullBackup(volume, bulk_b).begin()
 
 
-async def begin_hash_backup(volume: Volume, bulk_b: int) -> Job:
-    """The same for a hash backup."""
-    return await HashBackup(volume, bulk_b).begin()
+async def begin_hash_backup(volume: Volume, bulk_b: int, gid_past: int = 0) -> Job:
+    """The same for a hash backup; it begins above `gid_past`, whatever this storage and the archive know."""
+    return await HashBackup(volume, bulk_b, gid_past).begin()
 
 
 class Backup(ABC):
@@ -211,8 +211,9 @@ class HashBackup(Backup):
     COMMAND = Command.HASH_BACKUP
     PHASE = "comparing"
 
-    def __init__(self, volume: Volume, bulk_b: int) -> None:
+    def __init__(self, volume: Volume, bulk_b: int, gid_past: int) -> None:
         super().__init__(volume, bulk_b)
+        self._gid_past = gid_past
         self._seed = volume.shared.env.rng.getrandbits(64)
 
     def _offer(self, info: DeviceInfo) -> Request[BackupAccepted]:
@@ -230,8 +231,9 @@ class HashBackup(Backup):
             raise RemoteProtocolError(
                 "the archive has nothing to compare with", latest=latest, size_lb=accepted.size_lb
             )
-        # A snapshot that was answered and then lost on its way must not come back with other contents.
-        gid = max(hash_backup_gid(latest), self._volume.record.gid_greatest + 1)
+        # A snapshot that was answered, here or elsewhere, and then lost on its way must not come back with other
+        # contents.
+        gid = max(hash_backup_gid(latest), self._volume.record.gid_greatest + 1, self._gid_past + 1)
         if gid >= NO_GID >> 1:
             raise Refused("no generation is left", hint="clear the volume, and run a full backup", gid=gid)
         return Gid(gid)

@@ -154,4 +154,5 @@ async def volume_status(volume: Volume) -> VolumeStatus:
         waiting_since=volume.backlog.since(record.done.lsid) if info and in_history else 0,
         lost=lost_code(record, info.lsids) if info and in_history else "",
         log_uuid=info.lsids.uuid.hex() if info else "",
+        gid_greatest=record.gid_greatest,
     )

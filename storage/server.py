@@ -330,7 +330,7 @@ class StorageServer:
         return JobAccepted(job=job.number)
 
     async def _hash_backup(self, _conn: Connection, request: HashBackup) -> JobAccepted:
-        job = await begin_hash_backup(self._find(request.volume), request.bulk_b)
+        job = await begin_hash_backup(self._find(request.volume), request.bulk_b, request.gid_past)
         return JobAccepted(job=job.number)
 
     async def _snapshot(self, _conn: Connection, request: TakeSnapshot) -> GidValue:

@@ -64,6 +64,7 @@ class FakeStorage(FakeServer):
 
     async def reset_vol(self, request: c.ResetVol) -> Ok:
         volume = self.require(request.volume, "Stopped")
+        volume.gid_past = max(volume.gid_past, volume.gid)
         volume.state, volume.overflow, volume.gid = "SyncReady", False, request.gid
         return Ok()
 
@@ -71,9 +72,9 @@ class FakeStorage(FakeServer):
         return self.backup(request.volume, "full-backup", "SyncReady", "FullSync")
 
     async def hash_backup(self, request: c.HashBackup) -> JobAccepted:
-        return self.backup(request.volume, "hash-backup", "Archived", "HashSync")
+        return self.backup(request.volume, "hash-backup", "Archived", "HashSync", gid_past=request.gid_past)
 
-    def backup(self, vol: str, name: str, needed: str, passing: str) -> JobAccepted:
+    def backup(self, vol: str, name: str, needed: str, passing: str, *, gid_past: int = 0) -> JobAccepted:
         volume = self.require(vol, "SyncReady")
         archive = self.group.servers[self.group.layout.get_primary_archive().name]
         if archive.state(vol) != needed:
@@ -87,7 +88,7 @@ class FakeStorage(FakeServer):
                 job.progress(1 << 22)
                 await self.group.gate(name)
                 volume.uuid = at_archive.uuid = bytes(15) + b"\x07"
-                volume.gid = max(at_archive.points, default=0) + 1
+                volume.gid = max([gid_past, *at_archive.points]) + 1
                 volume.state, at_archive.state = "Target", "Archived"
                 volume.snapshots.append(volume.gid)
                 self.group.settle()

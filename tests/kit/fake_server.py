@@ -34,6 +34,7 @@ class FakeVolume:
     overflow: bool = False
     uuid: bytes = bytes(16)
     gid: int = 0
+    gid_past: int = 0  # given out before the last reset
     snapshots: list[int] = field(default_factory=list)  # not yet taken by a proxy
     lag_lb: int = 0
     # proxy
@@ -227,6 +228,7 @@ class FakeServer:
                 "done_gid": v.gid,
                 "done_time": NOW - 7,
                 "latest_gid": v.gid,
+                "gid_greatest": max(v.gid, v.gid_past),
                 "size_lb": v.size_lb,
                 "uuid": v.uuid.hex(),
             }

@@ -104,6 +104,25 @@ async def test_a_lost_snapshot_never_comes_back_with_other_contents(tmp_path: Pa
         assert not [known for known in gids if kept < known <= lost]
 
 
+async def test_generations_given_out_elsewhere_are_passed_over(tmp_path: Path) -> None:
+    rig = BackupRig(tmp_path)
+    async with rig.running():
+        await rig.full_backup()
+        await to_sync_ready(rig)
+        with pytest.raises(RemoteError) as caught:
+            await rig.hash_backup(gid_past=1 << 63)
+        assert caught.value.message == "no generation is left"
+        assert await rig.storage.state() == "SyncReady"
+        assert await rig.done_hash_backup(gid_past=1000) == 1002  # it begins at 1001
+        assert (await rig.storage.call(c.GetStatus(volume=VOL))).volumes[0].gid_greatest >= 1002
+        rig.device.scribble(3)
+        new, image = await rig.snapshot()
+        assert await rig.image(new) == image
+        await to_sync_ready(rig)
+        assert (await rig.storage.call(c.GetStatus(volume=VOL))).volumes[0].gid_greatest >= new
+        assert await rig.done_hash_backup(gid_past=7) > new  # what it knows itself counts, too
+
+
 async def test_nothing_differs(tmp_path: Path) -> None:
     rig = BackupRig(tmp_path)
     rig.device.scribble(30)

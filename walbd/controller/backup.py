@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from walbd.controller import constants as k
-from walbd.controller.constants import K_STORAGE, TIMEOUT_SEC
+from walbd.controller.constants import K_PROXY, K_STORAGE, TIMEOUT_SEC
 from walbd.controller.data import SyncOpt
 from walbd.controller.queries import require_state
 from walbd.controller.servers import Server
@@ -80,6 +80,8 @@ class Backup(Targets):
         which is waited for; and one is stopped for you when diffs were lost on their way, which is proved from
         what the proxies and the archive hold. The primary archive must be active, with a base image; everything
         else is as for `full_backup`. Diffs that proxies still hold are delivered first, where that is possible.
+        New generations are above all that the storages of the layout ever gave out; if the one that gave out what
+        the archive has is not among them, that is said.
 
         Returns the new generation that can be restored, or None at once with `block=False`.
         """
@@ -94,10 +96,11 @@ class Backup(Targets):
         require_state(primary, vol, states[primary], k.aActive, hint)
         if states[sx] in k.sDuringStopForTarget:
             self._stop_broken_target(sx, vol, primary)
+        gid_past = self._gid_past(vol, primary)
         self._drain_proxies(vol, primary)
         self._prepare_backup(sx, vol, primary, syncOpt)
         known = max(self.get_restorable_gid(primary, vol, "all"), default=-1)
-        job = self._begin_backup(sx, c.HashBackup(volume=vol, bulk_b=bulk_b))
+        job = self._begin_backup(sx, c.HashBackup(volume=vol, bulk_b=bulk_b, gid_past=gid_past))
         if not block:
             return None
         return self._wait_for_backup(sx, vol, primary, job, timeoutS, ("hash-backup", k.sDuringHashSync, known))
@@ -140,6 +143,33 @@ class Backup(Targets):
             k.sClear: f"make it known first: walbc init-storage {vol} DEVICE --storage {sx.name}",
         }.get(state, "")
         require_state(sx, vol, state, [k.sSyncReady, k.sStandby, k.sStopped, *more], hint)
+
+    def _gid_past(self, vol: str, primary: Server) -> int:
+        """Return the greatest generation that anybody has given out or holds; 0: none above the primary archive's.
+
+        A snapshot that another storage answered and never delivered must not come back with other contents. When
+        the storage that gave out what the archive has cannot be asked, nobody knows which those are: that is said.
+        """
+        given, held, head = 0, 0, 0
+        for s, reply in self.ask_each(self.sLayout.get_all(), c.GetStatus(volume=vol)).items():
+            if isinstance(reply, WalbError):  # not known there; who must answer has answered before
+                continue
+            (v,) = reply.volumes
+            if s.kind == K_STORAGE:
+                given = max(given, v.gid_greatest)
+            elif s.kind == K_PROXY:
+                held = max([held, *(hop.gid_e for hop in v.hops)])
+            else:
+                held = max(held, v.latest_gid)
+            if s == primary:
+                head = v.latest_gid
+        if given < head:
+            self.say(
+                f"warning: {primary.name} has generation {head} of {vol}, and no storage of the layout has given "
+                "it out: what the former one answered and never delivered may come back with other contents"
+            )
+        past = max(given, held)
+        return past if past > head else 0
 
     def _drain_proxies(self, vol: str, ax: Server) -> None:
         """Let the proxies deliver what they hold for an archive, as long as that goes on: it is dropped then."""

@@ -45,6 +45,34 @@ def test_hash_backup_from_another_storage(big: FakeGroup) -> None:
     assert not ctl.is_synchronizing(big.a[1], "vol0")  # no archive but the primary one is fed after a backup
 
 
+def test_generations_that_another_storage_gave_out_never_come_again(
+    big: FakeGroup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ctl, (s0, s1) = big.ctl, big.s
+    for s in big.s:
+        ctl.init_storage(s, "vol0", "/dev/x")
+    ctl.full_backup(s0, "vol0")
+    big.volume("s0").gid = 9  # answered, and lost with the log
+    ctl.go_standby(s0, "vol0")
+    assert ctl.hash_backup(s1, "vol0") == 10
+    assert ("s1", c.HashBackup(volume="vol0", gid_past=9)) in big.requests
+    assert capsys.readouterr().err == ""
+
+
+def test_that_nobody_knows_what_was_given_out_is_said(big: FakeGroup, capsys: pytest.CaptureFixture[str]) -> None:
+    """The former target is lost, and not in the layout any more. What proxies hold for others is above, too."""
+    ctl, (s0, s1) = big.ctl, big.s
+    for s in big.s:
+        ctl.init_storage(s, "vol0", "/dev/x")
+    ctl.full_backup(s0, "vol0")
+    ctl.snapshot(s0, "vol0", big.a[:1])
+    big.kill("s0")
+    ctl.set_server_layout(big.layout.replace(storageL=[s1]))
+    assert ctl.hash_backup(s1, "vol0") == 3
+    told = capsys.readouterr().err
+    assert "a0 has generation 2 of vol0, and no storage of the layout has given it out" in told
+
+
 def test_hash_backup_without_waiting(stopped: FakeGroup) -> None:
     stopped.hold("hash-backup")
     assert stopped.ctl.hash_backup(stopped.s[0], "vol0", block=False) is None
@@ -204,14 +232,14 @@ def test_diffs_that_cannot_be_delivered_are_told_of(
             stopped.frozen = False
 
     monkeypatch.setattr(stopped, "before", before)
-    assert stopped.ctl.hash_backup(stopped.s[0], "vol0") == 4
+    assert stopped.ctl.hash_backup(stopped.s[0], "vol0") == 6  # above what they led to
     assert "2 diffs that proxies hold for a0 cannot be delivered" in capsys.readouterr().err
 
 
 def test_the_new_generation_must_be_newer(stopped: FakeGroup) -> None:
     stopped.frozen = True
     with pytest.raises(TimedOut, match="restorable at a0"):
-        stopped.ctl.hash_backup(stopped.s[0], "vol0", timeoutS=0.05)
+        stopped.ctl.hash_backup(stopped.s[0], "vol0", timeoutS=1)
 
 
 def test_hash_backup_that_fails_tells_why(stopped: FakeGroup) -> None:
