@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import structlog
+import uvloop
 from hypothesis import settings
 
 from tests.kit import jitter
@@ -24,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if (seed := config.getoption("--jitter")) is not None:
         jitter.ask(seed)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-asyncio since 1.4
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop of the daemons. That of Python 3.11 loses a socket that is accepted while its listener closes."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 LOG = pytest.StashKey[io.StringIO]()

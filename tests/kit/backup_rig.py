@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.kit.fake_device import FakeDevice
 from tests.kit.feeder import ArchiveRig
+from tests.kit.process import free_port, release_ports
 from tests.kit.proxy_rig import ProxyRig
 from tests.kit.storage_rig import DEADLINE_S, DEVICE, VOL, Rig
 from walbd.errors import RemoteError
@@ -47,10 +48,9 @@ class BackupRig:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[BackupRig]:
         """Run the group with one volume, known everywhere and backed up nowhere."""
-        await self.archive.up()
-        await self.proxy.up()
         for rig in (self.archive, self.proxy):
-            rig.settings["port"] = rig.address.port  # a restart listens where it did
+            rig.settings["port"] = free_port()  # a restart listens where it did
+            await rig.up()
         self.storage.neighbours = (str(self.archive.address), str(self.proxy.address))
         try:
             async with self.storage.running():
@@ -65,6 +65,7 @@ class BackupRig:
             await self.archive.crash()
             self.proxy.env.pools.close()
             self.archive.env.pools.close()
+            release_ports(rig.settings["port"] for rig in (self.archive, self.proxy))
 
     async def full_backup(self) -> int:
         """Run a full backup; return its generation."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.kit.process import free_port, release_ports
 from tests.kit.running import Running
 from walbd.daemon.conn import Connection, Me
 from walbd.daemon.env import Env
@@ -109,9 +110,12 @@ class FakeArchive:
     async def __aexit__(self, *_: object) -> None:
         await self.down()
         self._env.pools.close()
+        release_ports([self.address.port])
 
     async def up(self) -> None:
         """Begin to listen; on the same port as before."""
+        if self.env is None and not self.address.port:
+            self.address = Address(self.address.host, free_port())  # that nobody else gets while we are down
         handlers: dict[type[Any], Callable[..., Any]] = {WdiffOffer: self._serve, GetHostType: self._host_type}
         server = Server(self._env, Me(self.name, self.kind, io_timeout_s=10), handlers)
 

@@ -17,6 +17,8 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, Self, TypeVar
 
+import uvloop
+
 from tests.kit.fake_kinds import FakeArchive, FakeProxy, FakeStorage
 from tests.kit.fake_server import NOW, FakeServer, FakeVolume
 from tests.kit.process import release_ports
@@ -52,7 +54,7 @@ class FakeGroup:
         self._gates: dict[str, asyncio.Event] = {}
         self._failures: list[tuple[str, type[Request[Any]], WalbError | None]] = []
         self._job_failures: dict[str, WalbError] = {}
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()  # that of the daemons
         self._thread = threading.Thread(target=self._loop.run_forever, name="fake group", daemon=True)
         self._thread.start()
         made: list[tuple[type[FakeServer], str, int, Kind]] = [

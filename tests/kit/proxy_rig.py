@@ -46,7 +46,7 @@ UUID = bytes(range(1, 17))
 SALT = 0x1234
 CONTROL = Me(node="ctl", kind=Kind.CONTROL, io_timeout_s=20)
 STORAGE = Me(node="s0", kind=Kind.STORAGE, io_timeout_s=20)
-WAIT_S = 20.0
+WAIT_S = 60.0
 REAL_DELAYS: dict[str, Any] = {
     "retry_delay_min_s": 1.0,
     "retry_delay_max_s": 30.0,
@@ -140,7 +140,7 @@ class ProxyRig:
 
     async def stop_volume(self, how: StopHow = StopHow.GRACEFUL, volume: str = VOL) -> JobInfo:
         job = (await self.call(Stop(volume=volume, how=how))).job
-        return await self.call(WaitJob(job=job, wait_s=WAIT_S))
+        return await self.call(WaitJob(job=job, wait_s=WAIT_S - 5))
 
     async def waiting(self, archive: str = "", volume: str = VOL) -> list[str]:
         """Labels of what waits for an archive, or of what was received and is nowhere else."""

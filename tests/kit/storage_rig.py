@@ -19,6 +19,7 @@ import lz4.block
 import xxhash
 
 from tests.kit.fake_device import FakeDevice, FakeHandle
+from tests.kit.process import free_port, release_ports
 from walbd.daemon.conn import Connection, Me, call
 from walbd.daemon.env import Env, Pools, ThreadPools
 from walbd.daemon.main import Shutdown, ShutdownMode, supervise
@@ -66,7 +67,8 @@ from walbd.units import LB
 
 R = TypeVar("R", bound=Message)
 
-DEADLINE_S = 20.0
+DEADLINE_S = 20.0  # of whoever waits for a peer
+WAIT_S = 60.0  # of whoever waits for a condition: a busy machine must not reach it
 VOL = "vol0"
 DEVICE = "/fake/dev0"
 
@@ -146,7 +148,10 @@ class FakePeer:
     ) -> None:
         """Listen, at the same port as before if there was one."""
         self.server = Server(env, Me(node=name, kind=kind, io_timeout_s=DEADLINE_S), handlers)
-        await self.server.listen(tasks, [Address("127.0.0.1", self.address.port)])
+        port = self.address.port
+        if not port and isinstance(env.net, OsNetwork):
+            port = free_port()  # that nobody else gets while we are stopped
+        await self.server.listen(tasks, [Address("127.0.0.1", port)])
         self.address = self.server.addresses[0]
 
     async def stop(self) -> None:
@@ -354,7 +359,7 @@ class Rig:
     options: dict[str, Any] = field(default_factory=dict)
     net: Network = field(default_factory=OsNetwork)
     pools: Pools | None = None
-    deadline_s: float = DEADLINE_S  # of waits for conditions
+    deadline_s: float = WAIT_S  # of waits for conditions
     poll_s: float = 0.002
 
     def __post_init__(self) -> None:
@@ -428,6 +433,7 @@ class Rig:
                 await some_turns()
         if self.pools is None:
             self.peer_env.pools.close()
+        release_ports(peer.address.port for peer in (*self.proxies, self.archive))
 
     async def start(self) -> None:
         """Start a daemon on the directory, as a new process would."""

@@ -206,8 +206,8 @@ def test_random_requests_on_uvloop(tmp_path: Path, pbs: int) -> None:
     uvloop.run(scribble_and_restart(tmp_path, 1, pbs))
 
 
-async def test_random_requests_on_asyncio(tmp_path: Path) -> None:
-    await scribble_and_restart(tmp_path, 2, 512)
+def test_random_requests_on_asyncio(tmp_path: Path) -> None:
+    asyncio.run(scribble_and_restart(tmp_path, 2, 512))
 
 
 async def test_a_burst_of_requests(tmp_path: Path) -> None:

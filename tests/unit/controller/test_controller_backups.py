@@ -119,7 +119,7 @@ def test_full_backup_that_never_arrives_times_out(group: FakeGroup) -> None:
     group.ctl.init_storage(group.s[0], "vol0", "/dev/x")
     group.frozen = True
     with pytest.raises(TimedOut, match="restorable at a0"):
-        group.ctl.full_backup(group.s[0], "vol0", timeoutS=0.05)
+        group.ctl.full_backup(group.s[0], "vol0", timeoutS=1)
 
 
 def test_final_kick_that_fails_is_a_warning(group: FakeGroup, capsys: pytest.CaptureFixture[str]) -> None:
