@@ -48,6 +48,7 @@ def test_an_hour_of_refusals_leave_few_snapshots_and_right_answers(tmp_path: Pat
         check_chain(rig)
         assert rig.archive.restore(gid) == truth
         assert rig.archive.restore(rig.archive.latest()) == bytes(rig.device.data)
+        await rig.until_idle()
         assert (await rig.call(GetStatus(volume=VOL))).volumes[0].error == ""
 
     play(tmp_path, scenario)
