@@ -316,8 +316,7 @@ class Group:
 
     def mark(self, volume: Volume) -> int:
         """Flush and take a snapshot, and remember what it must be."""
-        volume.flush()
-        before = volume.seq
+        before = volume.settle()
         gid: int = self.ctl.snapshot_nbk(self.target(volume), volume.name)
         volume.points[volume.lineage, gid] = (before, volume.seq)
         return gid

@@ -124,6 +124,14 @@ class Volume:
         with self.lock:
             self._on_legs(lambda nbd: nbd.flush(), 0, 0)
 
+    def settle(self) -> int:
+        """Find out about a write that was not answered, flush, and return the number of the state."""
+        with self.lock:
+            if self.unsure is not None:
+                self.reconcile()
+            self.flush()
+            return self.seq
+
     def read_all(self, leg: int = 0) -> bytes:
         step = 1 << 20
         with self.lock:
