@@ -50,6 +50,12 @@ def remove_diffs(fs: FileSystem, directory: Path, diffs: Iterable[Diff]) -> None
         fs.unlink(directory / diff_name(diff))
 
 
+def take_name(fs: FileSystem, path: Path) -> None:
+    """Take the name of a file away, durably: after a failure, in which it may have got it, nobody knows of it."""
+    fs.unlink(path)
+    fs.sync_dir(path.parent)
+
+
 def remove_all_diffs(fs: FileSystem, directory: Path) -> None:
     """Remove every wdiff, known or not, durably: a new history must never meet diffs of an old one."""
     diffs = find_diffs(fs, directory).diffs

@@ -18,7 +18,7 @@ from typing import Final
 
 import structlog
 
-from walbd.archive.diffs import remove_diffs
+from walbd.archive.diffs import remove_diffs, take_name
 from walbd.archive.holds import held_now
 from walbd.archive.opening import open_diffs
 from walbd.archive.states import MERGE
@@ -194,10 +194,18 @@ def _verify(volume: Volume, file: TempFile) -> int:
 
 
 def _name(volume: Volume, file: TempFile, merged: Diff) -> None:
-    with disk_errors(volume.directory, "name a merged wdiff"):
-        failpoints.hit(FP_BEFORE_COMMIT)
-        file.commit(volume.directory / diff_name(merged))
-        failpoints.hit(FP_AFTER_COMMIT)
+    path = volume.directory / diff_name(merged)
+    try:
+        with disk_errors(volume.directory, "name a merged wdiff"):
+            failpoints.hit(FP_BEFORE_COMMIT)
+            file.commit(path)
+            failpoints.hit(FP_AFTER_COMMIT)
+    except WalbError:
+        try:  # else a start would take it for the parts, and snapshots protected until then would be gone
+            take_name(volume.place.env.fs, path)
+        except WalbError as exc:
+            log.warning("wdiff.name_left", volume=volume.name, diff=str(merged), **error_fields(exc))
+        raise
 
 
 def _erase(volume: Volume, parts: Sequence[Diff]) -> None:

@@ -15,18 +15,18 @@ snapshot does not belong to. Source: docs/archive.md, "Histories".
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import structlog
 
+from walbd.archive.colds import colds_of, remove_colds
+from walbd.archive.diffs import take_name
 from walbd.archive.record import Pending
 from walbd.archive.volume import Volume
 from walbd.daemon.env import Pool
 from walbd.daemon.logs import error_fields
 from walbd.errors import WalbError
 from walbd.format.meta import Diff, diff_name
-from walbd.fs import FileSystem
 from walbd.protocol.maintenance import Gap
 
 log = structlog.get_logger()
@@ -49,33 +49,46 @@ async def commit_pending(
     """
     pools = volume.place.env.pools
     pending = Pending(diff=diff, uuid=uuid.hex(), gaps=volume.record.gaps if gaps is None else gaps)
-    if pending.is_true(volume.record):
-        volume.add_diff(await pools.run(Pool.RECEIVE, sink.commit))
-        return
-    await volume.save(pending=pending)
+    alone = pending.is_true(volume.record)
+    if not diff.is_clean or diff.comp:
+        await _leave_no_colds_beyond(volume)
+    if not alone:
+        await volume.save(pending=pending)
     try:
         named = await pools.run(Pool.RECEIVE, sink.commit)
     except WalbError:
-        await _take_back(volume, diff)
+        await _take_back(volume, diff, alone=alone)
         raise
-    await volume.fulfil(pending, named)
+    if alone:
+        volume.add_diff(named)
+    else:
+        await volume.fulfil(pending, named)
 
 
-async def _take_back(volume: Volume, diff: Diff) -> None:
-    """Make sure that the file has no name after a failure."""
+async def _leave_no_colds_beyond(volume: Volume) -> None:
+    """Remove cold images of snapshots above the newest one, which are there when wdiffs were lost.
+
+    What was compared leads on from the newest snapshot only, and would be laid over them.
+    """
+    newest = volume.latest.begin.gid_b
+    await remove_colds(volume, [gid for gid in colds_of(volume.record) if gid > newest])
+
+
+async def _take_back(volume: Volume, diff: Diff, *, alone: bool) -> None:
+    """Make sure that the file has no name after a failure. With `alone` it would do no harm at the next start."""
     pools, path = volume.place.env.pools, volume.directory / diff_name(diff)
     try:
-        await pools.run(Pool.RECORD, _unlink, volume.place.env.fs, path)
+        await pools.run(Pool.RECORD, take_name, volume.place.env.fs, path)
     except WalbError as exc:
-        log.error("volume.broken", volume=volume.name, **error_fields(exc))
-        volume.set_broken(exc)
+        if alone:
+            log.warning("wdiff.name_left", volume=volume.name, diff=str(diff), **error_fields(exc))
+        else:
+            log.error("volume.broken", volume=volume.name, **error_fields(exc))
+            volume.set_broken(exc)
+        return
+    if alone:
         return
     try:
         await volume.save(pending=None)
     except WalbError as exc:  # without the file it means nothing
         log.warning("record.not_saved", volume=volume.name, **error_fields(exc))
-
-
-def _unlink(fs: FileSystem, path: Path) -> None:
-    fs.unlink(path)
-    fs.sync_dir(path.parent)

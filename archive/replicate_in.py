@@ -117,13 +117,9 @@ class Destination:
             )
         volume.replications += 1
         try:
-            if kind is ReplicationKind.ROUNDS:
-                await conn.send(ReplicatePlan(kind=kind))
-            else:
-                with self._copies.turn() as turn:
-                    await turn.comes()
-                    await conn.send(ReplicatePlan(kind=kind))
-                    await reception.copy()
+            await conn.send(ReplicatePlan(kind=kind))
+            if kind is not ReplicationKind.ROUNDS:
+                await reception.copy(self._copies)
             return await reception.run()
         finally:
             volume.replications -= 1
@@ -186,13 +182,15 @@ class _Reception:
         self._pools = volume.place.env.pools
         self._source = f"replication from {conn.peer.node}"
 
-    async def copy(self) -> None:
-        """Receive the image that we asked for."""
-        if self._kind is ReplicationKind.FULL:
-            await self._full(await self._conn.expect(ReplicateFull))
-        else:
-            await self._resync(await self._conn.expect(ReplicateResync))
-        await self._conn.send(Ok())
+    async def copy(self, slots: Slots) -> None:
+        """Receive the image that we asked for, in one of the slots, which backups use, too."""
+        is_full, conn = self._kind is ReplicationKind.FULL, self._conn
+        request = await (conn.expect(ReplicateFull) if is_full else conn.expect(ReplicateResync))
+        with slots.turn() as turn:  # not before: the source may have to wait for long
+            async with self._volume.giving_up():
+                await with_filler(conn, turn.comes())
+            await (self._full(request) if isinstance(request, ReplicateFull) else self._resync(request))
+        await conn.send(Ok())
 
     async def run(self) -> Message:
         """Take rounds until the source is done; return the last answer."""

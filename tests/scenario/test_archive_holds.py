@@ -1,4 +1,4 @@
-"""Held snapshots, and places where replicas stand, when operators merge and apply by hand."""
+"""Snapshots that must stay: held ones, and those where replicas stand, when operators merge and apply by hand."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 
 from tests.kit.feeder import ArchiveRig, Feed
 from tests.kit.gate import gated
-from walbd.errors import RemoteError
+from tests.kit.memfs import MemoryFileSystem
+from walbd.errors import DiskFailed, RemoteError
+from walbd.fs import failpoints
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
-from walbd.protocol.base import JobState
+from walbd.protocol.base import JobState, Ok
 
 VOL = "vol0"
 
@@ -26,6 +28,7 @@ async def feed(tmp_path: Path) -> AsyncIterator[Feed]:
         await feed.full_backup()
         await feed.step(6)
         yield feed
+    failpoints.disarm()
 
 
 async def hold(feed: Feed, gid: int, reason: str = "audit", until: int = 0) -> None:
@@ -89,3 +92,57 @@ async def test_a_replica_where_no_snapshot_is_keeps_nothing(feed: Feed) -> None:
     )
     with pytest.raises(RemoteError, match="must be kept"):
         await feed.rig.call(m.Merge(volume=VOL, gid_b=1, gid_e=6))
+
+
+@pytest.mark.parametrize("name", ["archive.merge.before_commit", "archive.merge.after_commit"])
+async def test_a_merge_whose_name_is_not_durable_has_not_been(feed: Feed, name: str) -> None:
+    """Else the next start would take the merged diff, and what was protected after the failure would be gone."""
+    failpoints.arm(f"{name}=eio")
+    info = await feed.rig.job(m.Merge(volume=VOL, gid_b=0, gid_e=9))
+    assert (info.state, info.error_code) == (JobState.FAILED, "disk-failed")
+    await hold(feed, 2)
+    await feed.rig.call(m.EnableSnapshot(volume=VOL, gids=[4]))
+    await feed.rig.restart()
+    assert await feed.check() == list(range(7))
+    await feed.rig.done(m.Merge(volume=VOL, gid_b=2, gid_e=4))
+
+
+async def test_a_wdiff_whose_name_is_not_durable_has_not_come(feed: Feed) -> None:
+    failpoints.arm("archive.wdiff.after_commit=eio")
+    feed.scribble()
+    feed.snapshot()
+    with pytest.raises(RemoteError, match="Input/output error"):
+        await feed.send()
+    await feed.rig.restart()
+    assert await feed.rig.points(VOL) == list(range(7))
+    assert await feed.send() == [Ok()]
+    assert await feed.check() == list(range(8))
+
+
+async def test_an_error_of_the_disk_at_every_step_of_a_merge_leaves_all_points() -> None:
+    """Also one in which nothing works any more until a restart."""
+    for left in range(40):
+        disk = MemoryFileSystem()
+        disk.make_dir(Path("/a0"))
+        async with ArchiveRig(Path("/a0"), fs=disk) as rig:
+            feed = Feed(rig, size_lb=16)
+            await feed.init()
+            await feed.full_backup()
+            await feed.step(4)
+            count = 0
+
+            def fail(left: int = left) -> None:
+                nonlocal count
+                count += 1
+                if count > left:
+                    raise DiskFailed("the disk has gone")
+
+            disk.on_change = fail
+            info = await rig.job(m.Merge(volume=VOL, gid_b=0, gid_e=9))
+            disk.on_change = None
+            await rig.restart()
+            points = await feed.check()
+            assert points in ([0, 1, 2, 3, 4], [0, 4]), points
+            if info.state is JobState.DONE and count <= left:
+                return
+    raise AssertionError("it never ended")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kit.feeder import PROXY
+from tests.kit.feeder import NOW, PROXY, STORAGE
 from tests.kit.replicas import VOL, Group
 from walbd.archive.states import Command
 from walbd.daemon.states import StopMode
@@ -17,6 +19,7 @@ from walbd.fs import failpoints
 from walbd.protocol import control as c
 from walbd.protocol.base import JobState
 from walbd.protocol.sync import ReplicateOffer
+from walbd.protocol.transfer import BackupAccepted, FullBackupOffer
 from walbd.units import LB
 
 
@@ -113,6 +116,39 @@ async def test_more_copies_than_allowed(tmp_path: Path) -> None:
         with group[1].server._backups.turn() as turn:
             await turn.comes()
             await refused(group, "busy")
+
+
+async def test_a_copy_that_waits_at_its_source_takes_no_place_at_the_destination(tmp_path: Path) -> None:
+    async with Group(tmp_path, backups_max=1, replications_max=1) as group:
+        feed = await group.feed()
+        await group.init(1)
+        await group[1].call(c.ArchiveInitVol(volume="other"))
+        with group[0].server._replications.turn() as turn:
+            await turn.comes()
+            job = (await group[0].call(group.request(1))).job
+            async with group[1].dial(STORAGE) as conn:
+                offer = FullBackupOffer(volume="other", size_lb=8, started=NOW, bulk_b=LB)
+                assert isinstance(await conn.call(offer), BackupAccepted)
+        assert (await group[0].ended(job)).state is JobState.DONE
+        assert await group.check(feed, 1) == [0]
+
+
+async def test_a_copy_waits_for_its_place_at_the_destination(tmp_path: Path) -> None:
+    async with Group(tmp_path, backups_max=1, replications_max=1) as group:
+        feed = await group.feed()
+        await group.init(1)
+        slots = group[1].server._backups
+        with ExitStack() as stack:
+            with group[0].server._replications.turn() as turn:
+                await turn.comes()
+                job = (await group[0].call(group.request(1))).job
+                async with asyncio.timeout(20):
+                    await stack.enter_context(slots.turn()).comes()  # a backup begins meanwhile
+            async with asyncio.timeout(20):
+                await slots.changed.wait_for(lambda: slots.waiting == 1)
+            assert group.volume(1).machine.during is None
+        assert (await group[0].ended(job)).state is JobState.DONE
+        assert await group.check(feed, 1) == [0]
 
 
 async def test_an_apply_at_the_destination_is_awaited_by_a_comparison(group: Group) -> None:
