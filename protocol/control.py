@@ -419,17 +419,22 @@ class GetIsWdiffSendError(Request[BoolValue]):
 
 @message("diffs")
 class Diffs(Message):
-    """Diffs by begin gid."""
+    """Diffs by begin gid. `more`: there are others, which begin above the last of these."""
 
     diffs: list[Diff]
+    more: bool = False
 
 
 @message("get-proxy-diff")
 class GetProxyDiff(Request[Diffs]):
-    """List received diffs (archive empty), or those waiting for one archive."""
+    """List received diffs (archive empty), or those waiting for one archive, that begin at `gid_b` or above.
+
+    A message holds so many: for the next ones ask from the last begin + 1 on.
+    """
 
     volume: Volume
     archive: str = ""
+    gid_b: U64 = 0
 
 
 # Archive

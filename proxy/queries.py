@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from walbd.daemon.common import begun_actions, free_space, status_reply
 from walbd.daemon.conn import Connection, Me
@@ -43,6 +43,8 @@ from walbd.proxy.receive import Receiver
 from walbd.proxy.send import SendKey
 from walbd.proxy.states import WDIFF_SEND, Command
 from walbd.proxy.volume import Hop, Volume
+
+PAGE_MAX: Final = 4000  # diffs in one message: a frame holds ten times as many, but the loop must go on
 
 
 class Queries:
@@ -119,7 +121,7 @@ class Queries:
     async def proxy_diff(self, _conn: Connection, request: GetProxyDiff) -> Diffs:
         volume = self._find(request.volume)
         diffs = volume.hop(request.archive).diffs if request.archive else volume.received
-        return Diffs(diffs=list(diffs))
+        return page_of(diffs, request.gid_b)
 
     async def list_archives(self, _conn: Connection, request: ListArchiveInfo) -> Names:
         return Names(names=sorted(self._find(request.volume).hops))
@@ -158,6 +160,18 @@ class Queries:
             "wdiffs_b": sum(waiting(volume)[1] for volume in self._volumes.values()),
             **await free_space(self._env, Path(config.base_dir)),
         }
+
+
+def page_of(diffs: Iterable[Diff], gid_b: int) -> Diffs:
+    """Return the diffs from a begin on that one message holds; those of one begin are never divided."""
+    page: list[Diff] = []
+    for diff in diffs:
+        if diff.begin.gid_b < gid_b:
+            continue
+        if len(page) >= PAGE_MAX and diff.begin.gid_b != page[-1].begin.gid_b:
+            return Diffs(diffs=page, more=True)
+        page.append(diff)
+    return Diffs(diffs=page)
 
 
 def volume_status(volume: Volume) -> VolumeStatus:

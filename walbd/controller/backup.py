@@ -177,14 +177,16 @@ class Backup(Targets):
         feeding = [px for px in self._feeding(ax, vol)[0] if px in active]
         if not feeding:
             return
-        request = c.GetProxyDiff(volume=vol, archive=ax.name)
+        request = c.GetStatus(volume=vol)
         least, since = -1, self.calls.now()
         kick = c.Kick(volume=vol, archive=ax.name)
         self.ask_each(feeding, kick)  # only to hurry
 
         def look() -> int | None:
             nonlocal least, since
-            left = sum(len(reply.diffs) for reply in self.ask_all(feeding, request).values())
+            replies = self.ask_all(feeding, request).values()
+            hops = [hop for reply in replies for v in reply.volumes for hop in v.hops]
+            left = sum(hop.diffs for hop in hops if hop.dest == ax.name)
             if left < least or least < 0:
                 least, since = left, self.calls.now()
             stuck = self.calls.now() - since >= _STUCK_S

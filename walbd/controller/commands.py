@@ -224,10 +224,10 @@ COMMANDS: Final[tuple[Command, ...]] = (
     ),
     Command(
         "get proxy-diff",
-        "VOL [ARCHIVE]",
+        "VOL [ARCHIVE] [GID]",
         _P,
-        lambda args: c.GetProxyDiff(volume=w.vol(args[0]), archive=node_name(args[1]) if len(args) > 1 else ""),
-        "diffs that wait there",
+        w.proxy_diff,
+        "diffs that wait there, from a generation on",
     ),
     # archive
     Command("init-vol", "VOL", _A, w.one(c.ArchiveInitVol), "make a volume known"),

@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import cast
 
 from walbd.controller.base import Base, check_all
 from walbd.controller.constants import (
@@ -31,7 +32,9 @@ from walbd.controller.overview_text import overview_lines
 from walbd.controller.replies import ts_delta_dict
 from walbd.controller.servers import Server, ServerParams, server_kind_to_str, verify_server_kind
 from walbd.controller.verify import verify_gid_range, verify_timeout, verify_type, verify_u64, verify_volume
+from walbd.controller.waiting import list_waiting
 from walbd.errors import BadState, NotFound, UsageError, WalbError, WlogOverflow
+from walbd.format import meta
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
 from walbd.protocol.base import GetJobs, JobInfo
@@ -221,7 +224,14 @@ class Queries(Base):
         """Return the diffs that wait at a proxy for an archive, or not yet for any."""
         self._check(px, vol, K_PROXY)
         name = ax.name if ax is not None else ""
-        return [Diff.of(diff) for diff in self.ask(px, c.GetProxyDiff(volume=vol, archive=name)).diffs]
+        return [Diff.of(diff) for diff in self._list_waiting([px], vol, name)[px]]
+
+    def _list_waiting(self, pxL: Sequence[Server], vol: str, archive: str) -> dict[Server, list[meta.Diff]]:
+        """Return what waits at proxies for an archive ("": not yet for any). Raises when one cannot be asked."""
+        found = list_waiting(self.calls, [(px, vol, archive) for px in pxL], self.timeoutS)
+        replies = dict(zip(pxL, found, strict=True))
+        check_all(replies)
+        return cast("dict[Server, list[meta.Diff]]", replies)
 
     # Archive
 

@@ -35,6 +35,12 @@ def compress_text(compress: str) -> str:
         return compress
 
 
+def diffs_text(reply: c.Diffs) -> str:
+    """Write one diff a line, and after them where to go on when one message did not hold all."""
+    rows = [diff.describe() for diff in reply.diffs]
+    return lines([*rows, f"more from generation {reply.diffs[-1].begin.gid_b + 1} on"] if reply.more else rows)
+
+
 def job_text(job: JobInfo) -> str:
     """Write a job as one line: number, state, name, volume, how far, result or error."""
     parts = [f"{job.job} {job.state} {job.name} {job.volume or '-'}"]
@@ -190,7 +196,7 @@ SHOW: Final[dict[type[Message], Callable[[Any], str]]] = {
     c.Kicked: lambda reply: str(reply.tasks),
     c.LogUsages: _log_usage,
     c.ArchiveInfo: lambda reply: f"{reply.address} {compress_text(reply.compress)} {reply.delay_s}",
-    c.Diffs: lambda reply: lines(diff.describe() for diff in reply.diffs),
+    c.Diffs: diffs_text,
     c.RestorePoints: lambda reply: lines(reply.points),
     c.BaseValue: lambda reply: reply.base.describe(),
     c.SnapshotValue: lambda reply: str(reply.snapshot),

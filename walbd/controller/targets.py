@@ -77,9 +77,8 @@ class Targets(Feeding):
         known = [px for px, state in self._states(self.sLayout.proxyL, vol).items() if state != k.pClear]
         waiting = []
         for archive in ("", primary.name):  # diffs go from what was received to the archives: in that order
-            request = c.GetProxyDiff(volume=vol, archive=archive)
             fed = [px for px in known if not archive or archive in self.get_archive_info_list(px, vol)]
-            waiting += [diff for reply in self.ask_all(fed, request).values() for diff in reply.diffs]
+            waiting += [diff for diffs in self._list_waiting(fed, vol, archive).values() for diff in diffs]
         rows = self.ask(primary, c.GetLatestSnap(volume=vol)).rows
         head = rows[0][2] if rows else NO_GID
         if head == NO_GID or head >= done_gid:

@@ -181,6 +181,14 @@ def diffs(args: list[str]) -> Request[Any]:
     return c.GetDiff(volume=vol(args[0]), **gids(args[1:]))
 
 
+def proxy_diff(args: list[str]) -> Request[Any]:
+    return c.GetProxyDiff(
+        volume=vol(args[0]),
+        archive=node_name(args[1]) if len(args) > 1 else "",
+        gid_b=gid(args[2]) if len(args) > 2 else 0,
+    )
+
+
 # Arguments of archives
 
 

@@ -9,22 +9,21 @@ import dataclasses
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any
 
 from walbd.controller.constants import aActive
 from walbd.controller.controller import Controller
 from walbd.controller.doctor.observation import Observation, Seen, UnsentKey
 from walbd.controller.layout import GroupLayout
 from walbd.controller.servers import Server
+from walbd.controller.waiting import AT_ONCE, Place, list_waiting
 from walbd.daemon.net import parse_address
 from walbd.errors import WalbError
 from walbd.format.meta import Diff
 from walbd.protocol.base import GetJobs, JobList
 from walbd.protocol.codec import Message
-from walbd.protocol.control import Diffs, GetProxyDiff, GetStatus, StatusReply
+from walbd.protocol.control import GetStatus, StatusReply
 from walbd.protocol.policy import GetPolicy, PolicyView
-
-_AT_ONCE: Final = 32  # requests: servers limit their connections
 
 
 def observe(
@@ -75,8 +74,8 @@ def _unsent(ctl: Controller, proxies: list[Seen], vol: str) -> dict[UnsentKey, t
 
     Diffs go from what was received to the archives: so that is listed before these, and none is missed between.
     """
-    received: list[tuple[Server, str, str]] = []
-    waiting: list[tuple[Server, str, str]] = []
+    received: list[Place] = []
+    waiting: list[Place] = []
     for seen in proxies:
         for v in seen.status.volumes if seen.status is not None else []:
             if (vol and v.volume != vol) or not v.diffs:
@@ -84,11 +83,11 @@ def _unsent(ctl: Controller, proxies: list[Seen], vol: str) -> dict[UnsentKey, t
             received.append((seen.server, v.volume, ""))
             waiting += [(seen.server, v.volume, hop.dest) for hop in v.hops]
     found: dict[UnsentKey, tuple[Diff, ...]] = {}
-    for keys in (received, waiting):
-        calls = [(s, GetProxyDiff(volume=name, archive=archive)) for s, name, archive in keys]
-        for (s, name, archive), reply in zip(keys, _ask_some(ctl, calls), strict=True):
-            if isinstance(reply, Diffs):
-                found[s.name, name, archive] = tuple(reply.diffs)
+    for places in (received, waiting):
+        lists = list_waiting(ctl.calls, places, ctl.timeoutS)
+        for (s, name, archive), diffs in zip(places, lists, strict=True):
+            if not isinstance(diffs, WalbError):
+                found[s.name, name, archive] = tuple(diffs)
     return found
 
 
@@ -111,8 +110,8 @@ def _policies(ctl: Controller, archives: list[Seen], vol: str) -> dict[tuple[str
 def _ask_some(ctl: Controller, calls: Sequence[tuple[Server, Any]]) -> list[Message | WalbError]:
     """Make many requests, some at a time."""
     replies: list[Message | WalbError] = []
-    for at in range(0, len(calls), _AT_ONCE):
-        replies += ctl.calls.call_each(calls[at : at + _AT_ONCE], ctl.timeoutS)
+    for at in range(0, len(calls), AT_ONCE):
+        replies += ctl.calls.call_each(calls[at : at + AT_ONCE], ctl.timeoutS)
     return replies
 
 
