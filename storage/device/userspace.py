@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 from walbd.daemon.conn import Connection, Me, call, dial
 from walbd.daemon.env import Env, Pool
 from walbd.daemon.nbd_client import NbdReader, open_reader
-from walbd.errors import Busy
+from walbd.errors import Busy, ConnectError
 from walbd.format.ring import Ring
 from walbd.format.superblock import read_superblock
 from walbd.fs import File
@@ -58,7 +58,13 @@ class UserspaceDevice:
         self._me = me if me is not None else device_me(node)
 
     async def _call(self, request: Request[R]) -> R:
-        return await call(self._env, self._me, control_address(self.directory), request)
+        try:
+            return await call(self._env, self._me, control_address(self.directory), request)
+        except ConnectError as exc:
+            exc.hint = (
+                f"start the device (systemctl start walbd-device@{self.directory.name}), or correct the path"
+            )
+            raise
 
     async def info(self) -> DeviceInfo:
         return await self._call(GetDeviceInfo())

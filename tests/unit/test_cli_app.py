@@ -110,8 +110,44 @@ def test_plain_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_tables_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "use_colour", lambda: True)
+    monkeypatch.setattr(output, "line_width", lambda: 80)
     print_table(["name", "n"], [["[red]a", 1]], right=["n"])
-    assert "[red]a" in capsys.readouterr().out
+    assert "[red]a" in (told := capsys.readouterr().out)
+    assert "\u2502" in told
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_tables_on_a_narrow_terminal(
+    colour: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values stay whole: no box, the last column broken at spaces, or below where that is too narrow."""
+    monkeypatch.setattr(output, "use_colour", lambda: colour)
+    monkeypatch.setattr(output, "line_width", lambda: 40)
+    print_table(["TIME", "NOTE"], [["2026-11-23T05:36", "some words that go on and on"]])
+    assert capsys.readouterr().out == (
+        "TIME\n    NOTE\n"  # 22 columns are too few
+        "2026-11-23T05:36\n    some words that go on and on\n"
+    )
+    print_table(["N", "NOTE"], [[1, "some words that go on and on and on and on"], [2, "short"]])
+    assert capsys.readouterr().out == ("N  NOTE\n1  some words that go on and on and on\n   and on\n2  short\n")
+    print_table(["A", "B"], [["x" * 30, 12345678901]], right=["B"])
+    assert "12345678901" in capsys.readouterr().out
+
+
+def test_lines_that_fit() -> None:
+    assert output.fit("a" * 50, 2, 40) == "a" * 50  # what cannot be broken is not
+    assert output.fit("    one two three four five six seven eight", 6, 40) == (
+        "    one two three four five six seven\n      eight"
+    )
+    assert output.fit("one two three", 2, None) == "one two three"
+
+
+@pytest.mark.parametrize("args", [[], ["device"], ["wlog"]])
+def test_no_command_shows_what_there_is(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    result = Cli(root, "walbd", capsys)(*args)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"Usage: {' '.join(['walbd', *args])} ")
+    assert len(result.err.splitlines()) > 5
 
 
 def test_colour_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from walbd.errors import (
     exit_code_of,
 )
 from walbd.protocol import control as c
-from walbd.protocol.base import JobInfo, JobState, WaitJob
+from walbd.protocol.base import JobInfo, JobState, Kind, WaitJob
 from walbd.protocol.codec import Message, Request
 
 Event = Callable[[Server, Request[Any]], Message]
@@ -123,6 +123,36 @@ def test_lost_connections_do_not_end_a_wait(group: FakeGroup) -> None:
     assert [p.note for p in seen] == ["", "gone", "silent", "too many connections"] * 2 + [""]
     assert seen[-1].ended
     assert not any(p.ended for p in seen[:-1])
+
+
+def test_waiting_for_a_snapshot_tells_what_is_in_the_way(group: FakeGroup) -> None:
+    away = c.ProxyHealth(address="p0:1", available=False, next_check_s=1)
+
+    def reply(s: Server, request: Request[Any]) -> Message:
+        if isinstance(request, c.GetStatus):
+            if s.name == "p0":
+                raise ConnectError("cannot connect")
+            return c.StatusReply(node="s0", kind=Kind.STORAGE, version="1", pid=1, now=1, proxies=[away])
+        if isinstance(request, c.GetState):
+            return c.TextValue(value={"s0": "Target", "a0": "Archived"}[s.name])
+        if isinstance(request, c.TakeSnapshot):
+            return c.GidValue(gid=7)
+        return c.RestorePoints(points=[])
+
+    calls = ScriptedCalls(reply)
+    seen: list[tuple[float, str]] = []
+
+    def show(progress: Progress) -> None:
+        if not progress.ended:
+            seen.append((calls.time - 100.0, progress.note))
+
+    ctl = Controller("", group.layout, calls=calls, progress=show)
+    with pytest.raises(TimedOut):
+        ctl.snapshot(group.s[0], "vol0", group.a, timeoutS=300)
+    assert {note for after_s, note in seen if after_s < 3} == {""}
+    assert {note for after_s, note in seen if after_s > 3.5} == {"s0 reaches no proxy; p0 does not answer"}
+    looks = sum(isinstance(request, c.GetStatus) for request in calls.asked) // 2
+    assert 8 <= looks <= 16  # soon at first, then ever more seldom
 
 
 def test_connection_lost_for_too_long_is_a_timeout(group: FakeGroup) -> None:

@@ -12,7 +12,7 @@ import trustme
 
 from walbd.daemon.conn import Connection, Me, call, dial
 from walbd.daemon.env import Env
-from walbd.daemon.net import Address, SocketStream
+from walbd.daemon.net import TLS_HINT, Address, SocketStream
 from walbd.daemon.server import Handler, Server
 from walbd.daemon.tls import mutual_tls
 from walbd.errors import BadState, ConnectError, Refused, RemoteError, RemoteProtocolError, TimedOut
@@ -236,8 +236,9 @@ async def test_mutual_tls(tmp_path: Path) -> None:
             Me(node="a", kind=Kind.CONTROL),
             Me(node="a", kind=Kind.CONTROL, tls=context("bad", server=False)),
         ):
-            with pytest.raises((ConnectError, TimedOut)):
+            with pytest.raises((ConnectError, TimedOut)) as caught:
                 await call(env, replace(other, io_timeout_s=5), address, GetJobs())
+            assert caught.value.hint == TLS_HINT
         async with dial(env, me, address) as conn:
             await conn.send(End(), data)  # no request: refused, after five mebibytes came through
             with pytest.raises(RemoteError):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from walbd.cli.output import print_error
+from walbd.cli.output import print_error, print_json_error
 from walbd.errors import InternalError, UsageError, WalbError, exit_code_of
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}  # of walbd and walbc
@@ -29,6 +29,8 @@ class Late(NamedTuple):
 
 class LateGroup(click.Group):
     """A group whose commands are named in a table and imported when they are used."""
+
+    json_errors = False  # with --json errors are JSON, too
 
     def __init__(self, *args: Any, late: Mapping[str, Late] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,6 +82,15 @@ def run(command: click.Command, prog: str, args: Sequence[str] | None = None) ->
     0 success, 2 wrong usage, 130 interrupted, 141 nobody reads stdout, 70 a defect (with its traceback); other
     errors as their class says (docs/controller.md).
     """
+    words = list(sys.argv[1:] if args is None else args)
+    as_json = getattr(command, "json_errors", False) and "--json" in words
+
+    def tell(error: WalbError) -> None:
+        if as_json:
+            print_json_error(error)
+        else:
+            print_error(error, prog)
+
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names on disk may hold any byte
@@ -87,15 +98,18 @@ def run(command: click.Command, prog: str, args: Sequence[str] | None = None) ->
         if f"_{prog.upper()}_COMPLETE" in os.environ:
             command.main(prog_name=prog)  # the shell asks for completions; never returns
         # Not through main(): it would answer Ctrl-C and a closed stdout in its own way.
-        with command.make_context(prog, list(sys.argv[1:] if args is None else args)) as ctx:
+        with command.make_context(prog, words) as ctx:
             result = command.invoke(ctx)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exc:
         return exc.exit_code
+    except click.exceptions.NoArgsIsHelpError as exc:
+        print(exc.format_message(), file=sys.stderr)
+        return UsageError.exit_code
     except click.ClickException as exc:
         path = exc.ctx.command_path if isinstance(exc, click.UsageError) and exc.ctx else prog
-        print_error(UsageError(exc.format_message(), hint=f"see `{path} --help`"), prog)
+        tell(UsageError(exc.format_message(), hint=f"see `{path} --help`"))
         return UsageError.exit_code
     except (KeyboardInterrupt, click.Abort):
         return 130
@@ -104,7 +118,7 @@ def run(command: click.Command, prog: str, args: Sequence[str] | None = None) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except WalbError as exc:
-        print_error(exc, prog)
+        tell(exc)
         return exit_code_of(exc)
     except BaseExceptionGroup as group:
         return _end_of_group(group, prog)

@@ -7,17 +7,35 @@ NO_COLOR is not set; scripts get plain columns, or JSON with `--json`.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 
-from walbd.errors import WalbError
+from walbd.errors import WalbError, exit_code_of
 
 _PLACES = ("path", "source")  # facts that say where; they come first
+_NARROW = 24  # a last column with less room goes to lines of its own
 
 
 def use_colour() -> bool:
     """Say whether stdout is a terminal that wants colour."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def line_width() -> int | None:
+    """Return how wide the terminal at stdout is; None where lines may have any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def fit(line: str, indent: int, width: int | None) -> str:
+    """Break a line at spaces so that it fits into `width` columns, further lines indented; None: as it is."""
+    if width is None or len(line) <= width or width < indent + _NARROW:
+        return line
+    parts = textwrap.wrap(
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(parts)
 
 
 def error_lines(error: WalbError, prog: str) -> list[str]:
@@ -37,6 +55,18 @@ def print_error(error: WalbError, prog: str) -> None:
     sys.stdout.flush()
     for line in error_lines(error, prog):
         print(line, file=sys.stderr)
+
+
+def print_json_error(error: WalbError) -> None:
+    """Print an error as one line of JSON on stderr, as servers tell of theirs."""
+    import json
+
+    from walbd.protocol.base import error_reply
+    from walbd.protocol.codec import to_json_ready
+
+    sys.stdout.flush()
+    body = to_json_ready(error_reply(error)) | {"exit_code": exit_code_of(error)}
+    print(json.dumps({"error": body}), file=sys.stderr)
 
 
 def note(text: str) -> None:
@@ -59,27 +89,38 @@ def print_facts(facts: Mapping[str, object]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[str] = ()) -> None:
-    """Print a table: boxed on a terminal, plain aligned columns otherwise. Columns in `right` align right."""
+    """Print a table: boxed on a terminal where it fits, otherwise plain aligned columns; a last column that is too
+    wide for the terminal is broken. Columns in `right` align right.
+    """
     cells = [[str(cell) for cell in row] for row in rows]
-    if use_colour():
+    widths = [max(len(name), *(len(row[i]) for row in cells), 0) for i, name in enumerate(columns)]
+    width = line_width()
+    if use_colour() and width is not None and sum(widths) + 3 * len(widths) + 1 <= width:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
         table = Table(header_style="bold")
         for name in columns:
-            table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+            table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
         for row in cells:
             table.add_row(*map(Text, row))
         Console().print(table)
         return
-    widths = [max(len(name), *(len(row[i]) for row in cells), 0) for i, name in enumerate(columns)]
+    indent = sum(widths[:-1]) + 2 * len(widths[:-1])
+    longest = max((len(word) for row in cells for word in row[-1].split()), default=0)
+    below = width is not None and indent + widths[-1] > width and width - indent < max(_NARROW, longest)
     for row in [list(columns), *cells]:
         parts = [
-            f"{cell:>{width}}" if name in right else f"{cell:<{width}}"
-            for name, cell, width in zip(columns, row, widths, strict=True)
+            f"{cell:>{size}}" if name in right else f"{cell:<{size}}"
+            for name, cell, size in zip(columns, row, widths, strict=True)
         ]
-        print("  ".join(parts).rstrip())
+        if below:
+            print("  ".join(parts[:-1]).rstrip())
+            if parts[-1].strip():
+                print(fit(f"    {row[-1]}", 4, width))
+        else:
+            print(fit("  ".join(parts).rstrip(), indent, width))
 
 
 def _one_line(text: str) -> str:

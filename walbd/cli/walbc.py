@@ -119,6 +119,8 @@ COMMANDS = {name: late for section in SECTIONS.values() for name, late in sectio
 class _Root(LateGroup):
     """Commands of a group; with -a and -p those of one server, which are only words here."""
 
+    json_errors = True
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         if (ctx.params.get("address") is None) != (ctx.params.get("port") is None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +10,14 @@ from typing import Any, TypeVar
 
 import click
 
-from walbd.cli.output import note, print_json, print_table
+from walbd.cli.output import note, print_json, print_json_error, print_table
 from walbd.cli.walbc_progress import ProgressView, progress_view
-from walbd.controller.constants import sClear, sTarget
+from walbd.controller.constants import UINT64_MAX, sClear, sTarget
 from walbd.controller.controller import Controller
 from walbd.controller.layout import GroupLayout, find_layout
 from walbd.controller.servers import Server, get_server
 from walbd.controller.verify import verify_volume
 from walbd.errors import UsageError, WalbError, exit_code_of
-from walbd.protocol.base import error_reply
 from walbd.protocol.codec import to_json_ready
 from walbd.protocol.control import GetState
 
@@ -156,18 +154,20 @@ class App:
         """Say on stderr which work goes on although nobody waits for it any more."""
         self.end_progress()
         last = self._view.last if self._view is not None else None
-        if last is not None and last.job and not last.ended:
+        if last is None or last.ended:
+            return
+        if last.job:
             note(
                 f"interrupted, but {last.what} {last.volume} goes on; `walbc wait {last.server} {last.job}` waits"
             )
+        else:
+            see = f"walbc status {last.volume}".rstrip()
+            note(f"interrupted; what was begun goes on, and nobody waits for {last.phase}; see `{see}`")
 
     def tell_error(self, error: WalbError) -> None:
-        """Print an error as one line of JSON on stderr, as servers tell of theirs."""
+        """Print an error as one line of JSON on stderr."""
         self.end_progress()
-        sys.stdout.flush()
-        body = to_json_ready(error_reply(error))
-        body["exit_code"] = exit_code_of(error)
-        print(json.dumps({"error": body}), file=sys.stderr)
+        print_json_error(error)
 
 
 class WalbcCommand(click.Command):
@@ -231,7 +231,28 @@ def command(name: str) -> Callable[[F], click.Command]:
 VOL = click.argument("vol", metavar="VOL")
 SERVER = click.argument("server", metavar="SERVER")
 SERVERS = click.argument("servers", metavar="[SERVER]...", nargs=-1)
-GID = click.argument("gid", metavar="GID", type=click.IntRange(0, (1 << 64) - 1))
+
+
+class Gid(click.ParamType[Any]):
+    """A generation; with `latest` that word, too, which gives None."""
+
+    name = "gid"
+
+    def __init__(self, *, latest: bool = False) -> None:
+        self._latest = latest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if self._latest and value == "latest":
+            return None
+        text = str(value)
+        if text.isascii() and text.isdecimal() and len(text) <= 20 and int(text) <= UINT64_MAX:
+            return int(text)
+        may = "write a number, or latest" if self._latest else "write a number"
+        self.fail(f"{value!r} is no generation: {may}", param, ctx)
+
+
+GID = click.argument("gid", metavar="GID", type=Gid())
+POINT = click.argument("gid", metavar="GID|latest", type=Gid(latest=True))
 STORAGE = click.option("--storage", metavar="NAME", help="The storage; not needed where it is clear.")
 ARCHIVE = click.option("--archive", metavar="NAME", help="The archive.  [default: the primary one]")
 TIMEOUT = click.option(

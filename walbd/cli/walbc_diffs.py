@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from walbd.cli.walbc_app import ARCHIVE, GID, TIMEOUT, VOL, YES, App, checked, command, sure
+from walbd.cli.walbc_app import ARCHIVE, GID, POINT, TIMEOUT, VOL, YES, App, checked, command, sure
+from walbd.cli.walbc_image import number_of
 from walbd.controller.constants import UINT64_MAX
 from walbd.errors import AlreadyExists
 from walbd.protocol import maintenance as m
@@ -136,7 +137,7 @@ def gaps(app: App, vol: str, archive: str | None) -> None:
 
 @command("block-hash")
 @VOL
-@GID
+@POINT
 @ARCHIVE
 @BULK
 @SIZE
@@ -145,7 +146,7 @@ def gaps(app: App, vol: str, archive: str | None) -> None:
 def block_hash(
     app: App,
     vol: str,
-    gid: int,
+    gid: int | None,
     archive: str | None,
     bulk: str | None,
     size: str | None,
@@ -157,8 +158,9 @@ def block_hash(
     Hashes can be compared only when --bulk and --size were the same.
     """
     ax = app.archive(archive)
-    value = app.ctl.get_block_hash(ax, vol, gid, bulk or "64k", size, timeout_s, rest_percent)
-    app.tell({"volume": vol, "archive": ax.name, "gid": gid, "hash": value}, value)
+    number = number_of(app, ax, vol, gid)
+    value = app.ctl.get_block_hash(ax, vol, number, bulk or "64k", size, timeout_s, rest_percent)
+    app.tell({"volume": vol, "archive": ax.name, "gid": number, "hash": value}, value)
 
 
 @command("scrub")
@@ -178,7 +180,7 @@ def scrub(app: App, vol: str, archive: str | None, timeout_s: float) -> int:
 
 @command("scan")
 @VOL
-@GID
+@POINT
 @click.argument("dest", metavar="FILE|DEVICE|-")
 @ARCHIVE
 @BULK
@@ -189,7 +191,7 @@ def scrub(app: App, vol: str, archive: str | None, timeout_s: float) -> int:
 def scan(
     app: App,
     vol: str,
-    gid: int,
+    gid: int | None,
     dest: str,
     archive: str | None,
     bulk: str | None,
@@ -206,13 +208,14 @@ def scan(
     """
     ax = app.archive(archive)
     if dest == "-":
-        app.ctl.virt_full_scan(ax, vol, gid, sys.stdout.buffer, bulk, size, rest_percent)
+        app.ctl.virt_full_scan(ax, vol, number_of(app, ax, vol, gid), sys.stdout.buffer, bulk, size, rest_percent)
         return
     path = Path(dest)
     if path.is_block_device():
         sure(app, yes, f"{path} is overwritten")
     elif path.exists() and not force:
         raise AlreadyExists("the file exists", hint="say --force to replace it", path=dest)
-    size_b = app.ctl.virt_full_scan(ax, vol, gid, path, bulk, size, rest_percent)
-    value: dict[str, Any] = {"volume": vol, "archive": ax.name, "gid": gid, "path": dest, "size_b": size_b}
+    number = number_of(app, ax, vol, gid)
+    size_b = app.ctl.virt_full_scan(ax, vol, number, path, bulk, size, rest_percent)
+    value: dict[str, Any] = {"volume": vol, "archive": ax.name, "gid": number, "path": dest, "size_b": size_b}
     app.tell(to_json_ready(value), f"{dest}: {format_size(size_b)}")

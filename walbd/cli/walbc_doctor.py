@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from walbd.cli.output import note, use_colour
+from walbd.cli.output import fit, line_width, note, use_colour
 from walbd.cli.walbc_app import App, checked, command
 from walbd.controller.doctor import Allowed, Consent, Doctor, Finding, Outcome
 from walbd.controller.doctor.mend import intent_lines, without_notes, worst_word
@@ -101,10 +101,15 @@ def _ask(findings: Sequence[Finding]) -> Allowed:
 
 
 def _print_found(it: Doctor, found: Sequence[Finding]) -> None:
-    for line in found_lines(found, colour=use_colour()):
-        print(line)
+    _print_lines(found)
     for line in intent_lines(it.intents):
         note(line)
+
+
+def _print_lines(found: Sequence[Finding]) -> None:
+    for line in found_lines(found, colour=use_colour()):
+        # A command stays in one line, so that it can be copied.
+        print(line if line.startswith("    mend: ") else fit(line, 8, line_width()))
 
 
 def found_lines(found: Sequence[Finding], *, colour: bool = False) -> list[str]:
@@ -181,9 +186,11 @@ def _tell_outcome(app: App, it: Doctor, outcome: Outcome, write: bool) -> None:
             }
         )
         return
-    print("left:" if outcome.left else "result:")
-    for line in found_lines(outcome.left, colour=use_colour()):
-        print(line)
+    if outcome.left and not outcome.taken and [f.key for f in outcome.left] == [f.key for f in outcome.found]:
+        print("left: all of it, as nothing was done")
+    else:
+        print("left:" if outcome.left else "result:")
+        _print_lines(outcome.left)
     refused = [f for f in it.plan(outcome.left) if f.consent is not Consent.NONE]
     if refused:
         note("some of it can be mended with --yes, or --yes-lose VOL where a line says so")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from walbd.cli.walbc_app import ARCHIVE, GID, SERVER, TIMEOUT, VOL, App, checked, command
+from walbd.cli.walbc_app import ARCHIVE, GID, POINT, SERVER, TIMEOUT, VOL, App, checked, command
 from walbd.controller.constants import UINT64_MAX
 from walbd.controller.servers import Server
 from walbd.protocol import control as c
@@ -14,24 +14,8 @@ from walbd.protocol import control as c
 _POINTS_SHOWN = 20
 
 
-class _Gid(click.ParamType[Any]):
-    """A generation, or `latest`."""
-
-    name = "gid"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value == "latest":
-            return None
-        text = str(value)
-        if text.isascii() and text.isdecimal() and len(text) <= 20 and int(text) <= UINT64_MAX:
-            return int(text)
-        self.fail(f"{value!r} is no generation: write a number, or latest", param, ctx)
-
-
-POINT = click.argument("gid", metavar="GID", type=_Gid())
-
-
-def _gid(app: App, ax: Server, vol: str, gid: int | None) -> int:
+def number_of(app: App, ax: Server, vol: str, gid: int | None) -> int:
+    """Return a generation; None is the newest one that can be restored."""
     return app.ctl.get_latest_clean_snapshot(ax, vol) if gid is None else gid
 
 
@@ -64,12 +48,12 @@ def restored(app: App, vol: str, archive: str | None) -> None:
 def restore(app: App, vol: str, gid: int | None, archive: str | None, timeout_s: float) -> None:
     """Make a writable image of a snapshot on the archive's host, and print its path.
 
-    GID `latest` is the newest one that can be restored.
+    `latest` is the newest one that can be restored.
 
     Example: walbc restore vol0 latest
     """
     ax = app.archive(archive)
-    number = _gid(app, ax, vol, gid)
+    number = number_of(app, ax, vol, gid)
     app.ctl.restore(ax, vol, number, timeout_s)
     path = app.ctl.get_restored_path(ax, vol, number)
     app.tell({"volume": vol, "archive": ax.name, "gid": number, "path": path}, path)

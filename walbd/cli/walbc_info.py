@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import click
 
-from walbd.cli.output import print_table
+from walbd.cli.output import fit, line_width, print_table
 from walbd.cli.walbc_app import VOL, App, checked, command
 from walbd.cli.walbc_image import restored_rows
 from walbd.controller.constants import aActive
@@ -44,7 +44,7 @@ def info(app: App, vol: str, all_points: bool) -> None:
     for alarm in view.alarms:
         if alarm.volume in ("", vol):
             where = f"{alarm.server}: " if alarm.server else ""
-            print(f"    {alarm.word}: {where}{alarm.text}{f' - {alarm.hint}' if alarm.hint else ''}")
+            _say(f"    {alarm.word}: {where}{alarm.text}{f' - {alarm.hint}' if alarm.hint else ''}")
     for about in archives:
         _print_archive(about, all_points)
 
@@ -113,6 +113,10 @@ def policy_text(view: dict[str, Any]) -> str:
     return f"{view['keep']}; next: {view['next']}{troubles}"
 
 
+def _say(line: str) -> None:
+    print(fit(line, 8, line_width()))
+
+
 def _print_archive(about: dict[str, Any], all_points: bool) -> None:
     name = about["archive"]
     if about.get("error"):
@@ -122,21 +126,21 @@ def _print_archive(about: dict[str, Any], all_points: bool) -> None:
     n = about["diffs"]
     print(f"\n{name}: {about['state']}, {n} diff{'s' * (n != 1)} of {format_size(about['diffs_b'])}")
     for part in about["replicas"]:
-        print(f"    {part['state']} {part['dest']}: {part['text']}")
+        _say(f"    {part['state']} {part['dest']}: {part['text']}")
     if not points:
         print("    nothing can be restored")
         return
     behind = f", {about['lag_s']} s behind" if about["lag_s"] else ", nothing missing"
-    print(f"    recoverable: {recoverable(points, [m.Gap(**gap) for gap in about['gaps']])}{behind}")
+    _say(f"    recoverable: {recoverable(points, [m.Gap(**gap) for gap in about['gaps']])}{behind}")
     if about["policy"] is not None:
-        print(f"    policy: {policy_text(about['policy'])}")
+        _say(f"    policy: {policy_text(about['policy'])}")
     if about["verified"]:
-        print(f"    verified: {format_time(about['verified'])}")
+        _say(f"    verified: {format_time(about['verified'])}")
     for row in about["restored"]:
-        print(f"    restored: {row['gid']} {row['path']}")
+        _say(f"    restored: {row['gid']} {row['path']}")
     shown = points if all_points else points[-_POINTS_SHOWN:]
     if len(shown) < len(points):
-        print(f"    the newest {len(shown)} of {len(points)} points (--all shows every one):")
+        _say(f"    the newest {len(shown)} of {len(points)} points (--all shows every one):")
     print_table(
         ["GID", "TIME", "KIND"],
         [(p.gid, format_time(p.timestamp), "explicit" if p.explicit else "implicit") for p in shown],

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from walbd.cli.output import print_facts, print_table
+from walbd.cli.output import fit, line_width, print_facts, print_table
 from walbd.cli.walbc_app import ARCHIVE, GID, VOL, App, checked, command
 from walbd.controller.servers import Server
 from walbd.errors import UsageError
@@ -210,7 +210,8 @@ def _print_timeline(app: App, ax: Server, explained: Explained, dropped: bool) -
     print_table(["GID", "TIME", "KIND", "VERDICT", "RULE", "UNTIL"], rows, right=["GID"])
     kept = sum(point.kept for point in explained.points)
     n = len(explained.points)
-    print(f"{kept} of {n} points at {ax.name} stay by: {explained.policy.keep}; next: {explained.next}")
+    told = f"{kept} of {n} points at {ax.name} stay by: {explained.policy.keep}; next: {explained.next}"
+    print(fit(told, 4, line_width()))
 
 
 @command("add")

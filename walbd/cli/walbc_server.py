@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from walbd.cli.output import print_table, use_colour
+from walbd.cli.output import line_width, print_table, use_colour
 from walbd.cli.walbc_app import SERVER, SERVERS, TIMEOUT, VOL, YES, App, checked, command, sure
 from walbd.controller.commands import find_command, finish
 from walbd.controller.overview import Overview, Word
 from walbd.controller.overview_text import overview_lines
 from walbd.controller.replies import job_text, ltsv
 from walbd.controller.servers import Server, server_kind_to_str
-from walbd.errors import NotFound, UsageError, WalbError
+from walbd.errors import NotFound, UsageError, WalbError, exit_code_of
 from walbd.protocol import control as c
 from walbd.protocol.base import GetJobs, JobList, error_reply
 from walbd.protocol.codec import to_json_ready
@@ -46,7 +46,7 @@ def status(app: App, vol: str, check: bool) -> int:
 
 def print_overview(view: Overview) -> None:
     """Print the status screen; on a terminal the first word of each line has a colour."""
-    for line in overview_lines(view):
+    for line in overview_lines(view, line_width()):
         print(_coloured(line) if use_colour() else line)
 
 
@@ -76,14 +76,22 @@ def ping(app: App, servers: tuple[str, ...]) -> int:
 
 @command("version")
 @SERVERS
-def version(app: App, servers: tuple[str, ...]) -> None:
-    """Print what runs at servers (default: all)."""
-    replies = app.ctl.ask_all(app.servers(servers), c.GetVersion())
-    rows = [
-        ltsv(server=s.name, version=r.version, log_version=r.log_format, python=r.python)
-        for s, r in replies.items()
-    ]
-    app.tell_lines({s.name: to_json_ready(r) for s, r in replies.items()}, rows)
+def version(app: App, servers: tuple[str, ...]) -> int:
+    """Print what runs at servers (default: all). Works when servers are down; the exit status tells of it."""
+    replies = app.ctl.ask_each(app.servers(servers), c.GetVersion())
+    ready: dict[str, Any] = {}
+    rows = []
+    errors = {s: r for s, r in replies.items() if isinstance(r, WalbError)}
+    for s, r in replies.items():
+        if isinstance(r, WalbError):
+            ready[s.name] = {"error": to_json_ready(error_reply(r))}
+        else:
+            ready[s.name] = to_json_ready(r)
+            rows.append(ltsv(server=s.name, version=r.version, log_version=r.log_format, python=r.python))
+    app.tell_lines(ready, rows)
+    for s, error in errors.items():
+        print(f"{s.name}: {error}", file=sys.stderr)
+    return max(map(exit_code_of, errors.values()), default=0)
 
 
 @command("get-state")

@@ -18,6 +18,7 @@ from walbd.controller.constants import K_ARCHIVE, K_PROXY, K_STORAGE, STEP_TIMEO
 from walbd.controller.progress import Progress, ShowProgress, ignore_progress
 from walbd.controller.servers import Server, ServerLayout, verify_server_kind
 from walbd.controller.verify import verify_timeout, verify_type, verify_volume
+from walbd.daemon.net import TLS_HINT
 from walbd.errors import (
     BadState,
     Busy,
@@ -34,6 +35,8 @@ T = TypeVar("T")
 R = TypeVar("R", bound=Message)
 
 POLL_S: Final = 0.3
+_WHY_FIRST_S: Final = 3.0  # a wait that is longer asks what is in the way,
+_WHY_EVERY_S: Final = 30.0  # and asks again ever later, at last so often
 _JOB_WAIT_S: Final = 1.0  # of one request that waits for a job: progress is seen this often
 _PASSING: Final = (ConnectError, TimedOut, Busy)  # errors that a wait survives
 
@@ -152,13 +155,15 @@ class Base:
         *,
         s: Server | None = None,
         vol: str = "",
+        why: Callable[[], str] | None = None,
     ) -> T:
         """Call `probe` every 0.3 s until it returns something other than None, and return that.
 
-        Errors of connections are tolerated until the end of the time, every other error ends the wait. Raises
-        TimedOut.
+        Errors of connections are tolerated until the end of the time, every other error ends the wait. `why` is
+        asked now and then for what may be in the way, to be shown. Raises TimedOut.
         """
         began = self.calls.now()
+        ask_why_s, in_the_way = _WHY_FIRST_S, ""
         last: WalbError | None = None
         shown: Progress | None = None
         try:
@@ -173,6 +178,9 @@ class Base:
                 elapsed = self.calls.now() - began
                 if elapsed >= timeoutS:
                     raise self._timed_out(what, timeoutS, s, vol, last)
+                if why is not None and elapsed >= ask_why_s:
+                    ask_why_s = min(2 * elapsed, elapsed + _WHY_EVERY_S)
+                    in_the_way = why()
                 shown = Progress(
                     what="wait",
                     volume=vol,
@@ -180,7 +188,7 @@ class Base:
                     phase=what,
                     unit="",
                     elapsed_s=elapsed,
-                    note=str(last) if last is not None else "",
+                    note=str(last) if last is not None else in_the_way,
                 )
                 self.progress(shown)
                 self.calls.sleep(min(POLL_S, timeoutS - elapsed))
@@ -334,7 +342,7 @@ def check_all(replies: dict[Server, Any]) -> None:
         first = failed[away[0]]
         raise ConnectError(
             "servers that are needed do not answer",
-            hint="start them, or take them out of the layout",
+            hint=first.hint if first.hint == TLS_HINT else "start them, or take them out of the group file",
             servers=", ".join(s.name for s in away),
             reason=str(first.facts.get("reason", first.message)),
         )

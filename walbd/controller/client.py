@@ -11,8 +11,8 @@ import asyncio
 import socket
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, Protocol, TypeVar
 
 from walbd.controller.constants import KIND_OF
@@ -53,6 +53,9 @@ _MORE_S: Final[dict[type[Request[Any]], float]] = {
     GcDiff: _REMOVE_S,
 }
 _OWN_NAMES: Final = frozenset({"self", "message", "hint", "remote_code"})  # cannot be facts
+
+
+START_HINT: Final = "start the daemon, or correct the address"
 
 
 class Calls(Protocol):
@@ -119,7 +122,8 @@ class Client:
     def stream(self, s: Server, request: Request[R], take: Take, timeoutS: float = 0) -> R:
         async def follow() -> R:
             async with self._connected(s) as conn:
-                reply = await conn.call(request, timeout_s=self._limit(request, timeoutS))
+                with _about(request):
+                    reply = await conn.call(request, timeout_s=self._limit(request, timeoutS))
                 await self._env.pools.run(Pool.QUERY, take, reply, memoryview(b""))
                 while True:
                     message, payload = await conn.receive(timeout_s=self._limit(request, timeoutS))
@@ -154,10 +158,13 @@ class Client:
             return self._run(ask())
         except RemoteError as exc:
             raise local_error(exc, f"{host}:{port}") from None
+        except ConnectError as exc:
+            raise ConnectError(exc.message, hint=exc.hint or START_HINT, **exc.facts) from exc
 
     async def _call(self, s: Server, request: Request[R], timeoutS: float) -> R:
         async with self._connected(s) as conn:
-            return await conn.call(request, timeout_s=self._limit(request, timeoutS))
+            with _about(request):
+                return await conn.call(request, timeout_s=self._limit(request, timeoutS))
 
     def _limit(self, request: Request[Any], timeoutS: float) -> float:
         return timeoutS or patience_s(request, self._me.io_timeout_s)
@@ -182,7 +189,7 @@ class Client:
         except ConnectError as exc:
             raise ConnectError(
                 exc.message,
-                hint=exc.hint or "see whether the daemon runs and the address is right",
+                hint=exc.hint or START_HINT,
                 server=s.name,
                 **{"address": s.get_host_port()} | exc.facts,
             ) from exc
@@ -206,6 +213,18 @@ class Client:
                 thread.start()
                 self._end = weakref.finalize(self, _end_loop, self._loop, thread, self._env)
             return self._loop
+
+
+@contextmanager
+def _about(request: Request[Any]) -> Iterator[None]:
+    """Have errors of a request name its volume, where the server did not."""
+    try:
+        yield
+    except WalbError as exc:
+        volume = getattr(request, "volume", "")
+        if volume and "volume" not in exc.facts:
+            exc.facts = {"volume": volume} | exc.facts
+        raise
 
 
 def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, env: Env) -> None:

@@ -17,6 +17,7 @@ from walbd.protocol.base import JobInfo, Ok
 from walbd.protocol.codec import Request
 
 _DEL_TRIES: Final = 3
+_WHY_PATIENCE_S: Final = 2.0  # with servers that are asked only for what may be in the way
 
 
 class Images(Backup):
@@ -44,11 +45,14 @@ class Images(Backup):
             require_state(ax, vol, states[ax], k.aActive)
         gid = self.snapshot_nbk(sx, vol)
         for ax in axL:
-            self.wait_for_restorable(ax, vol, gid, timeoutS)
+            self._wait_for_restorable(ax, vol, gid, timeoutS, sx)
         return gid
 
     def wait_for_restorable(self, ax: Server, vol: str, gid: int, timeoutS: float = TIMEOUT_SEC) -> None:
         """Wait until an explicit restore point has reached an archive."""
+        self._wait_for_restorable(ax, vol, gid, timeoutS, None)
+
+    def _wait_for_restorable(self, ax: Server, vol: str, gid: int, timeoutS: float, sx: Server | None) -> None:
         self._check(ax, vol, K_ARCHIVE)
         verify_u64(gid)
         verify_timeout(timeoutS)
@@ -58,6 +62,7 @@ class Images(Backup):
             timeoutS,
             s=ax,
             vol=vol,
+            why=lambda: self._in_the_way(vol, sx),
         )
 
     def verify_not_restorable(self, ax: Server, vol: str, gid: int, waitS: float, msg: str) -> None:
@@ -119,6 +124,26 @@ class Images(Backup):
         self._del_image(ax, vol, gid, c.DelRestored(volume=vol, gid=gid), self.get_restored)
 
     # Inner parts
+
+    def _in_the_way(self, vol: str, sx: Server | None) -> str:
+        """Say what may keep log from the archives, as the storage and the proxies tell it; or nothing."""
+        found = []
+        servers = [*([sx] if sx is not None else []), *self.sLayout.proxyL]
+        replies = self.ask_each(servers, c.GetStatus(volume=vol), _WHY_PATIENCE_S)
+        for s, reply in replies.items():
+            if isinstance(reply, ConnectError | TimedOut):
+                found.append(f"{s.name} does not answer")
+            elif isinstance(reply, c.StatusReply):
+                found += [f"{s.name}: {v.state}" for v in reply.volumes if v.state == k.pStopped]
+                found += [
+                    f"{s.name}: {hop.dest} {hop.error_text or 'refuses'}"
+                    for v in reply.volumes
+                    for hop in v.hops
+                    if hop.error
+                ]
+                if reply.proxies and not any(proxy.available for proxy in reply.proxies):
+                    found.append(f"{s.name} reaches no proxy")
+        return "; ".join(found)
 
     def _wait_for_no_action(self, ax: Server, vol: str, action: str, timeoutS: float) -> None:
         self.wait_until(

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from walbd.controller import constants as k
 from walbd.controller.servers import Server, ServerLayout, server_kind_to_str
+from walbd.daemon.net import TLS_HINT
 from walbd.errors import ConnectError, TimedOut, WalbError, code_of
 from walbd.protocol.base import JobInfo, JobList, JobState
 from walbd.protocol.codec import to_json_ready
@@ -177,7 +178,8 @@ class _Look:
         away = isinstance(error, ConnectError | TimedOut)
         reason = str(error.facts.get("reason", error.message))
         if away:
-            self.alarm(Word.DOWN, "unreachable", s.name, "", f"does not answer ({reason})", "start the daemon")
+            hint = error.hint if error.hint == TLS_HINT else "start the daemon"
+            self.alarm(Word.DOWN, "unreachable", s.name, "", f"does not answer ({reason})", hint)
         else:
             self.alarm(Word.ERROR, code_of(error), s.name, "", error.message, error.hint)
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from walbd.controller.overview import Overview, VolumeView
 from walbd.controller.replies import job_progress_text
 from walbd.protocol.base import JobInfo, JobState
 from walbd.units import format_size, format_time
 
+_NARROW = 40  # columns that a broken text must have at least
 
-def overview_lines(view: Overview) -> list[str]:
-    """Write an overview, one fact a line, each beginning with ok, warn, error or down; columns are aligned."""
+
+def overview_lines(view: Overview, width: int | None = None) -> list[str]:
+    """Write an overview, one fact a line, each beginning with ok, warn, error or down; columns are aligned.
+
+    With `width` a text that is too long for it goes on under itself, in the same string after a newline.
+    """
     n_servers, n_volumes, n_alarms = len(view.servers), len(view.volumes), len(view.alarms)
     summary = f"{n_servers} server{'s' * (n_servers != 1)}, {n_volumes} volume{'s' * (n_volumes != 1)}, "
     summary += f"{n_alarms or 'no'} alarm{'s' * (n_alarms != 1)}"
@@ -25,10 +32,17 @@ def overview_lines(view: Overview) -> list[str]:
         where = " ".join(word for word in (alarm.server, alarm.volume) if word)
         rows.append((alarm.word, "alarm", where, f"{alarm.text}{f' - {alarm.hint}' if alarm.hint else ''}"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return [
-        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+    lines = [
+        "  ".join([*(f"{cell:<{size}}" for cell, size in zip(row, widths, strict=False)), row[3]]).rstrip()
         for row in rows
     ]
+    indent = sum(widths) + 6
+    if width is None or width < indent + _NARROW:
+        return lines
+    wrap = textwrap.TextWrapper(
+        width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    return [wrap.fill(line) for line in lines]
 
 
 def _volume_text(v: VolumeView) -> str:

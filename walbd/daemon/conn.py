@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from walbd.daemon.env import Env
 from walbd.daemon.flow import cancel_all
-from walbd.daemon.net import Address, FrameStream
+from walbd.daemon.net import TLS_HINT, Address, FrameStream
 from walbd.errors import ConnectError, Refused, RemoteError, RemoteProtocolError, TimedOut, WalbError
 from walbd.fs import Buf
 from walbd.protocol.base import (
@@ -159,7 +159,12 @@ async def greet(stream: FrameStream, me: Me, address: str) -> Connection:
     await conn.send(Hello(node=me.node, kind=me.kind, group=me.group))
     welcome = await conn.expect(Welcome)
     if welcome.group != me.group:
-        raise Refused("the peer belongs to another backup group", peer=welcome.node, group=welcome.group)
+        raise Refused(
+            "the peer belongs to another backup group",
+            hint=_group_hint(welcome.group),
+            peer=welcome.node,
+            group=welcome.group,
+        )
     if not VERSION_MIN <= welcome.version <= VERSION_MAX:
         raise RemoteProtocolError("the peer chose an unknown protocol version", version=welcome.version)
     stream.limits = LIMITS
@@ -182,7 +187,7 @@ async def welcome(stream: FrameStream, me: Me) -> Connection:
                 theirs=f"{hello.version_min}..{hello.version_max}",
             )
         if hello.group != me.group:
-            raise Refused("you belong to another backup group", group=me.group)
+            raise Refused("you belong to another backup group", hint=_group_hint(me.group), group=me.group)
     except (ConnectError, RemoteError):
         raise
     except WalbError as exc:
@@ -192,6 +197,10 @@ async def welcome(stream: FrameStream, me: Me) -> Connection:
     await conn.send(Welcome(version=version, node=me.node, kind=me.kind, group=me.group))
     conn.peer = Peer(hello.node, hello.kind, stream.peer)
     return conn
+
+
+def _group_hint(group: str) -> str:
+    return f'say group = "{group}" in your settings, or correct the address'
 
 
 @asynccontextmanager
@@ -206,7 +215,11 @@ async def dial(env: Env, me: Me, address: Address) -> AsyncIterator[Connection]:
             raise ConnectError(
                 "cannot connect in time", address=str(address), timeout_s=me.connect_timeout_s
             ) from exc
-        conn = await greet(stream, me, str(address))
+        try:
+            conn = await greet(stream, me, str(address))
+        except ConnectError as exc:
+            exc.hint = exc.hint or TLS_HINT
+            raise
         yield conn
         await conn.close()
     finally:

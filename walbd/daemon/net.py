@@ -7,18 +7,21 @@ large payload is received straight into the buffer that its frame hands out (doc
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from walbd.errors import ConnectError, RemoteProtocolError, UsageError
 from walbd.fs import Buf
 from walbd.protocol.frame import HELLO_LIMITS, Frame, FrameDecoder, FrameLimits, encode_prefix
 
+# What is wrong when a connection is made and then no understanding is reached.
+TLS_HINT: Final = 'is TLS used by one side only, or does a certificate not fit? docs/operations.md, "Certificates"'
 _QUEUE_MAX_B = 8 << 20  # received and not yet taken: above it the socket is not read
 _WRITE_MAX_B = 4 << 20  # sent and not yet gone: above it senders wait
 
@@ -111,7 +114,8 @@ class OsNetwork:
             else:
                 _, stream = await loop.create_connection(make, address.host, address.port, ssl=tls)
         except (OSError, ssl.SSLError, UnicodeError) as exc:  # UnicodeError: what can be no host name
-            raise ConnectError("cannot connect", address=str(address), reason=_reason(exc)) from exc
+            hint = TLS_HINT if isinstance(exc, ssl.SSLError) else ""
+            raise ConnectError("cannot connect", hint=hint, address=str(address), reason=_reason(exc)) from exc
         return stream
 
     async def listen(self, address: Address, accept: Accept, tls: ssl.SSLContext | None = None) -> Listener:
@@ -128,7 +132,8 @@ class OsNetwork:
             port = server.sockets[0].getsockname()[1]
             return _OsListener(server, Address(host=address.host, port=port))
         except (OSError, UnicodeError) as exc:
-            raise ConnectError("cannot listen", address=str(address), reason=_reason(exc)) from exc
+            hint = "see who listens there, or choose another port" if in_use(exc) else ""
+            raise ConnectError("cannot listen", hint=hint, address=str(address), reason=_reason(exc)) from exc
 
 
 class _OsListener:
@@ -271,6 +276,11 @@ class SocketStream(asyncio.BufferedProtocol):
     def _wake(self) -> None:
         if self._arrived is not None and not self._arrived.done():
             self._arrived.set_result(None)
+
+
+def in_use(exc: BaseException) -> bool:
+    """Tell whether an address could not be had as somebody else listens there."""
+    return isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
 
 
 def _reason(exc: BaseException | None) -> str:

@@ -179,6 +179,9 @@ def disk_errors(path: Path, what: str) -> Iterator[None]:
             raise NotFound(f"cannot {what}: no such file", path=str(path)) from exc
         if exc.errno == errno.EEXIST:
             raise AlreadyExists(f"cannot {what}: the file exists", path=str(path)) from exc
+        if exc.errno in (errno.EACCES, errno.EPERM):
+            hint = f"see the owner and mode of it and of the directories above; we are user {os.geteuid()}"
+            raise DiskFailed(f"cannot {what}: {reason}", hint=hint, path=str(path)) from exc
         raise DiskFailed(f"cannot {what}: {reason}", path=str(path), errno=exc.errno) from exc
 
 
@@ -378,7 +381,8 @@ class OsFileSystem:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as exc:
                     os.close(fd)
-                    raise Busy("the file is in use by another process", path=str(path)) from exc
+                    hint = "another walbd process has it open: stop that one, if it is not the one you want"
+                    raise Busy("the file is in use by another process", hint=hint, path=str(path)) from exc
             return OsFile(fd, path)
 
     def temp_file(self, directory: Path) -> OsTempFile:
@@ -417,10 +421,12 @@ class OsFileSystem:
             return sorted(os.listdir(directory))
 
     def exists(self, path: Path) -> bool:
-        return path.exists()
+        with disk_errors(path, "look for"):
+            return path.exists()
 
     def is_dir(self, path: Path) -> bool:
-        return path.is_dir()
+        with disk_errors(path, "look for"):
+            return path.is_dir()
 
     def size_of(self, path: Path) -> int:
         with disk_errors(path, "stat"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from tests.kit.cli import Cli
 from tests.kit.fake_group import FakeGroup, FakeVolume
 from tests.kit.walbc_cli import Make, ask_json, results, says
 from walbd.cli.walbc import COMMANDS
-from walbd.controller import Controller
+from walbd.cli.walbc_progress import ProgressView
+from walbd.controller import Controller, Progress
 from walbd.errors import Refused
 from walbd.protocol import control as c
 
@@ -225,8 +227,27 @@ def test_errors_as_json(ready: FakeGroup, walbc: Cli) -> None:
         assert (result.code, results(result.out)) == (5, "")
         error = json.loads(result.err)["error"]
         assert (error["code"], error["exit_code"]) == ("bad-state", 5)
-        assert error["facts"] == {"server": "s0", "state": "Target"}
+        assert error["facts"] == {"server": "s0", "volume": "vol0", "state": "Target"}
         assert error["hint"] == "allowed in: Stopped"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["snapshot", "--json"],
+        ["--json", "nonsense"],
+        ["restore", "vol0", "x", "--json"],
+        ["scan", "vol0", "x", "-", "--json"],
+        ["--json", "status", "--x"],
+    ],
+)
+def test_wrong_arguments_as_json(args: list[str], ready: FakeGroup, walbc: Cli) -> None:
+    result = walbc(*args)
+    assert (result.code, results(result.out)) == (2, "")
+    (line,) = result.err.splitlines()
+    error = json.loads(line)["error"]
+    assert (error["code"], error["exit_code"]) == ("usage", 2)
+    assert "--help" in error["hint"]
 
 
 def test_job_that_fails(ready: FakeGroup, walbc: Cli) -> None:
@@ -307,6 +328,40 @@ def test_interrupt_says_what_goes_on(ready: FakeGroup, walbc: Cli, monkeypatch: 
     result = walbc("restore", "vol0", "1")
     assert result.code == 130
     assert result.err == "interrupted, but restore vol0 goes on; `walbc wait a0 1` waits\n"
+
+
+def test_interrupted_snapshot_says_so(ready: FakeGroup, walbc: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no job to wait for."""
+
+    def interrupted(self: Controller, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Controller, "get_restorable_gid", lambda *_: [])
+    monkeypatch.setattr(ProgressView, "__call__", _remember_and(interrupted))
+    result = walbc("snapshot", "vol0")
+    assert result.code == 130
+    assert "nobody waits for generation 3 to be restorable at a0; see `walbc status vol0`" in result.err
+
+
+def _remember_and(then: Callable[..., None]) -> Callable[..., None]:
+    def shown(view: ProgressView, progress: Progress) -> None:
+        view.last = progress
+        then(view)
+
+    return shown
+
+
+def test_versions_of_those_that_answer(ready: FakeGroup, walbc: Cli) -> None:
+    ready.kill("p0")
+    result = walbc("version")
+    assert result.code == 3
+    assert [line.partition("\t")[0] for line in results(result.out).splitlines()] == ["server:s0", "server:a0"]
+    assert result.err.startswith("p0: cannot connect")
+    result = walbc("version", "--json")
+    assert result.code == 3
+    told = json.loads(results(result.out))
+    assert told["p0"]["error"]["code"] == "connect"
+    assert told["s0"]["version"] == "0.1.0"
 
 
 # Help

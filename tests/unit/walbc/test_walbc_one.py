@@ -62,10 +62,13 @@ def test_low_level_retries_only_questions(walbc: Cli) -> None:
         result = walbc(*nobody, *options, *words[len(options) :])
         assert result.code == 3
         assert result.err.count("cannot connect") == tries
+        assert result.err.endswith("hint: start the daemon, or correct the address\n")
 
 
 def test_low_level_with_a_group_file(ready: FakeGroup, walbc: Cli, tmp_path: Path) -> None:
     path = tmp_path / "other.toml"
     path.write_text('group = "other"\n' + group_toml(ready))
     args = ["--group", str(path), "-a", "127.0.0.1", "-p", str(ready.s[0].port), "get", "vol"]
-    assert "another backup group" in walbc.fails(*args, code=5)
+    err = walbc.fails(*args, code=5)
+    assert "another backup group" in err
+    assert 'hint: say group = "default"' in err

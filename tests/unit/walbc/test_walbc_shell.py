@@ -87,7 +87,7 @@ def test_first_error_ends_a_pipe(group: FakeGroup, tmp_path: Path) -> None:
     done = pipe(group, tmp_path, "print(1)\nwalbc.start(s0, vol)\nprint(2)\n")
     assert (done.returncode, done.stdout) == (5, "1\n")
     assert done.stderr.splitlines() == [
-        "walbc: not allowed in this state (server=s0 state=Standby)",
+        "walbc: not allowed in this state (server=s0 volume=vol0 state=Standby)",
         "hint: allowed in: Stopped",
     ]
 
@@ -255,7 +255,8 @@ def test_console_prints_errors_of_walbd(
     capsys.readouterr()
     Console(app, names).interact(banner="", exitmsg="")
     said = capsys.readouterr()
-    assert "walbc: not allowed in this state (server=s0 state=Standby)\nhint: allowed in: Stopped\n" in said.err
+    assert "walbc: not allowed in this state (server=s0 volume=vol0 state=Standby)\n" in said.err
+    assert "hint: allowed in: Stopped\n" in said.err
     assert "ZeroDivisionError" in said.err
     assert "\nKeyboardInterrupt\n" in said.err
     assert said.err.count("Traceback") == 1

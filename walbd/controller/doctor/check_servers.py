@@ -13,6 +13,7 @@ from walbd.controller.doctor.observation import Observation, Seen
 from walbd.controller.doctor.steps import Consent, Ref, Step
 from walbd.controller.overview import Word
 from walbd.controller.servers import Server, server_kind_to_str
+from walbd.daemon.net import TLS_HINT
 from walbd.errors import ConnectError, TimedOut, WalbError
 from walbd.protocol.control import StatusReply, VolumeStatus
 from walbd.units import format_size
@@ -26,7 +27,7 @@ def check_servers(o: Observation, lost: frozenset[str], cases: Collection[Case])
     """Judge every server by itself, and the ways between them. `cases`: all volumes."""
     found: list[Finding] = []
     proxies = [o.seen[s.name] for s in o.layout.proxyL]
-    if proxies and all(seen.status is None for seen in proxies):
+    if proxies and all(isinstance(seen.error, ConnectError | TimedOut) for seen in proxies):
         found.append(_no_proxies(o, proxies))
     for seen in o.seen.values():
         if seen.status is None:
@@ -73,7 +74,7 @@ def _down(o: Observation, seen: Seen, lost: frozenset[str]) -> Finding:
     code = {k.K_STORAGE: "storage-down", k.K_PROXY: "proxy-down", k.K_ARCHIVE: "archive-down"}[s.kind]
     evidence: dict[str, str | int] = {"address": s.get_host_port(), "reason": reason}
     text = f"{s.name} does not answer ({reason})"
-    by_hand = f"{_unit(s)}; it goes on by itself then"
+    by_hand = error.hint if error.hint == TLS_HINT else f"{_unit(s)}; it goes on by itself then"
     if s.kind == k.K_ARCHIVE:
         hops = [hop for each in o.seen.values() if each.status for v in each.status.volumes for hop in v.hops]
         waiting = [hop for hop in hops if hop.dest == s.name and hop.diffs]
