@@ -16,6 +16,7 @@ from walbd.daemon.env import Env
 from walbd.daemon.net import Address
 from walbd.errors import RemoteError, WalbError
 from walbd.format.meta import Diff, Snapshot
+from walbd.format.policy import Policy
 from walbd.protocol.base import End, Ok
 from walbd.protocol.transfer import Verdict, WdiffChunk, WdiffOffer
 
@@ -33,6 +34,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
             volume.scribble()
             group.snapshot(volume)
         group.wait_fresh(volume)
+        group.ctl.set_policy(group.a[0], "vol0", Policy(enabled=False))  # which would merge after some minutes
         group.ctl.stop(group.s[0], "vol0")
         yield group
 

@@ -268,7 +268,7 @@ def test_case_3_with_an_old_copy_is_a_hash_backup(tmp_path: Path) -> None:
         group.ctl.stop_synchronizing(group.a[1], "vol0")
         volume.scribble()
         group.snapshot(volume)
-        kept = group.ctl.get_restorable_gid(group.a[1], "vol0")
+        kept = group.ctl.get_restorable_gid(group.a[1], "vol0", "all")
         group.wipe("a0")
         group.start("a0")
         found = group.wait_for_code("primary-data-lost")
@@ -276,7 +276,7 @@ def test_case_3_with_an_old_copy_is_a_hash_backup(tmp_path: Path) -> None:
         text = group.mend(volume, "--write")
         assert "hash-backup" in text
         assert "full-backup" not in text
-        assert set(kept) <= set(group.ctl.get_restorable_gid(group.a[1], "vol0"))
+        assert set(kept) <= set(group.ctl.get_restorable_gid(group.a[1], "vol0", "all"))
 
 
 # Storages that have lost what they knew

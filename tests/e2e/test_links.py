@@ -187,21 +187,21 @@ def test_hash_backup_is_cut(group: Group, volume: Volume) -> None:
     group.ctl.stop(s0, "vol0")
     group.ctl.stop(group.p[0], "vol0", "empty")  # so that no further point comes
     group.ctl.start(group.p[0], "vol0")
-    points = group.ctl.get_restorable_gid(a0, "vol0")
+    points = group.ctl.get_restorable_gid(a0, "vol0", "all")
     fill(volume, 6 * MIB)
     link.cut_after(3 * MIB)
     with pytest.raises(WalbError):
         group.ctl.hash_backup(s0, "vol0", timeoutS=WAIT_S)
     wait_until(lambda: group.ctl.get_state(a0, "vol0") == "Archived", "the archive to give it up")
     assert group.ctl.get_state(s0, "vol0") == sSyncReady
-    assert group.ctl.get_restorable_gid(a0, "vol0") == points
+    assert group.ctl.get_restorable_gid(a0, "vol0", "all") == points
     link.heal()
     sent = Sent(link)
     gid = group.ctl.hash_backup(s0, "vol0", timeoutS=WAIT_S)
     assert gid is not None
     assert sent.b < 6 * MIB + SLACK
     assert group.restored(volume, gid) == volume.model
-    assert set(points) <= set(group.ctl.get_restorable_gid(a0, "vol0"))
+    assert set(points) <= set(group.ctl.get_restorable_gid(a0, "vol0", "all"))
 
 
 def test_full_replication_is_cut_and_goes_on(group: Group, volume: Volume) -> None:

@@ -364,7 +364,12 @@ class Group:
                 others = [others[i * len(others) // implicit_max] for i in range(implicit_max)]
             last = 0
             for gid in sorted({*asked_for, *others}):
-                seqs = [seq for seq in self.check(volume, gid, server) if seq >= last]
+                try:
+                    seqs = [seq for seq in self.check(volume, gid, server) if seq >= last]
+                except WalbError:
+                    if gid in asked_for or gid in self.ctl.get_restorable_gid(server, volume.name, "all"):
+                        raise
+                    continue  # the policy has merged over it meanwhile
                 if not seqs:
                     raise Inexact(f"{volume.name} gid {gid} at {server.name} is older than the one before it")
                 last = seqs[0]
