@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "var" / "quickstart"
 BIN = Path(sys.executable).parent
 PORTS = range(15000, 25000, 10)  # of the storage; proxy and archive have the next two. The first that are free
+NAMES = ("device", "a0", "p0", "s0")  # of the processes, in the order in which they start
 VOLUME = "vol0"
 SIZE_B = 256 << 20
 DEVICES = HOME / "device"
@@ -37,7 +39,9 @@ def main() -> None:
     HOME.parent.mkdir(exist_ok=True)
     try:
         with only_one(HOME.with_suffix(".lock")):
-            if what in ("stop", "clean"):
+            if what == "start":
+                start()
+            elif what in ("stop", "clean"):
                 stop()
                 if what == "clean":
                     shutil.rmtree(HOME, ignore_errors=True)
@@ -101,7 +105,7 @@ about two seconds later on. Look around:
   qemu-img info "{nbd_uri()}"   # the volume; any NBD client works
   dumpe2fs -h {restored.relative_to(ROOT)}   # the restored file system
 
-docs/README.md says where to read on. Stop it with: scripts/quickstart stop""")
+docs/README.md says where to read on. scripts/quickstart stop ends it, start starts what does not run.""")
 
 
 @contextmanager
@@ -191,6 +195,8 @@ def is_free(port: int) -> bool:
 def spawn(name: str, *args: str) -> None:
     """Start a walbd process that outlives us, and wait until it says that it is ready (as systemd would)."""
     notify = HOME / f"{name}.notify"
+    notify.unlink(missing_ok=True)
+    (HOME / f"{name}.args").write_text(json.dumps(args))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, (HOME / f"{name}.log").open("ab") as log:
         ready.bind(os.path.relpath(notify))
         ready.settimeout(60)
@@ -220,12 +226,34 @@ def spawn(name: str, *args: str) -> None:
     print(f"  started walbd {' '.join(args[:3])} ...")
 
 
+def start() -> None:
+    """Start again what does not run, as it was started before."""
+    names = [name for name in NAMES if (HOME / f"{name}.args").exists()]
+    if not names:
+        sys.exit("quickstart: there is no group yet\nhint: scripts/quickstart makes one")
+    away = [name for name in names if running(name) is None]
+    for name in away:
+        spawn(name, *json.loads((HOME / f"{name}.args").read_text()))
+    if not away:
+        print("everything runs")
+
+
+def running(name: str) -> int | None:
+    """Return the process of ours by that name, if it runs."""
+    pid_file = HOME / f"{name}.pid"
+    if not pid_file.exists():
+        return None
+    pid = int(pid_file.read_text())
+    command = Path(f"/proc/{pid}/cmdline")
+    return pid if command.exists() and os.fsencode(HOME) in command.read_bytes() else None
+
+
 def stop(*, quiet: bool = False) -> None:
     stopped = 0
     for pid_file in sorted(HOME.glob("*.pid"), reverse=True):
-        pid = int(pid_file.read_text())
+        pid = running(pid_file.stem)
         command = Path(f"/proc/{pid}/cmdline")
-        if command.exists() and os.fsencode(HOME) in command.read_bytes():
+        if pid is not None:
             os.kill(pid, signal.SIGTERM)
             for _ in range(300):
                 if not command.exists() or not command.read_bytes():

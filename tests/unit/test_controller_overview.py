@@ -15,7 +15,7 @@ from walbd.controller import Word, overview_lines
 from walbd.controller.overview import Overview, make_overview, worst
 from walbd.errors import Refused
 from walbd.protocol import control as c
-from walbd.protocol.base import Kind
+from walbd.protocol.base import JobInfo, JobList, JobState, Kind
 
 
 @pytest.fixture
@@ -95,6 +95,19 @@ def test_jobs(group: FakeGroup) -> None:
     assert "no space" in view.alarms[0].text
     group.ctl.apply(group.a[0], "vol0", 2)  # a later success makes the failure old news
     assert group.ctl.overview().jobs == []
+
+
+@pytest.mark.parametrize(("code", "alarms"), [("bad-state", []), ("disk-failed", ["job-failed"])])
+def test_a_stop_that_ended_a_backup_alarms_nobody(group: FakeGroup, code: str, alarms: list[str]) -> None:
+    """It "fails", as the volume is SyncReady then, which is what was asked for. Other failures are told."""
+    stop = JobInfo(job=1, name="stop", volume="vol0", state=JobState.FAILED, started=1, ended=1, error_code=code)
+    replies = group.ctl.ask_each(group.layout.get_all(), c.GetStatus())
+    s0 = group.s[0]
+    reply = replies[s0]
+    assert isinstance(reply, c.StatusReply)
+    job = dataclasses.replace(stop, started=reply.now - 5, ended=reply.now)
+    view = make_overview(replies, {s0: JobList(jobs=[job])}, "", group.layout)
+    assert [a.code for a in view.alarms] == alarms
 
 
 def alarms_of(group: FakeGroup, kind: Kind, **fields: Any) -> list[tuple[str, str]]:

@@ -53,6 +53,28 @@ def test_ports_that_are_taken_are_left_alone(
     release_ports([port])
 
 
+def test_start_brings_back_what_was_there(
+    quickstart: ModuleType, foreign: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing else: what runs goes on, a process of others that has got the number is none of ours."""
+    spawned: list[tuple[str, ...]] = []
+    monkeypatch.setattr(quickstart, "spawn", lambda *args: spawned.append(args))
+    with pytest.raises(SystemExit, match="no group yet"):
+        quickstart.start()
+    ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(quickstart.HOME)])
+    try:
+        for name, pid in (("s0", 0), ("p0", foreign.pid), ("a0", ours.pid)):
+            (quickstart.HOME / f"{name}.args").write_text(f'["{name}", "--x"]')
+            if pid:
+                (quickstart.HOME / f"{name}.pid").write_text(str(pid))
+        wait_until(lambda: quickstart.running("a0") == ours.pid, "the process to have its arguments")
+        quickstart.start()
+        assert spawned == [("p0", "p0", "--x"), ("s0", "s0", "--x")]
+    finally:
+        ours.kill()
+        ours.wait()
+
+
 def test_one_after_the_other(quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock, order = tmp_path / "lock", []
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from walbd.controller import constants as k
 from walbd.controller.servers import Server, ServerLayout, server_kind_to_str
 from walbd.daemon.net import TLS_HINT
-from walbd.errors import ConnectError, TimedOut, WalbError, code_of
+from walbd.errors import BadState, ConnectError, TimedOut, WalbError, code_of
 from walbd.protocol.base import JobInfo, JobList, JobState
 from walbd.protocol.codec import to_json_ready
 from walbd.protocol.control import HopStatus, StatusReply, VolumeStatus
@@ -502,6 +502,8 @@ class _Look:
                 job.state is JobState.FAILED
                 and newest[job.name, job.volume] is job
                 and now - job.ended < JOB_FAILED_RECENTLY_S
+                # A stop that ends a backup "fails", as the volume is SyncReady then and not Stopped.
+                and (job.name, job.error_code) != ("stop", BadState.code)
             ):
                 text = f"{job.name} failed at {format_time(job.ended)}: {job.error}"
                 word = self.alarm(Word.WARN, "job-failed", s.name, job.volume, text, job.hint)

@@ -46,7 +46,7 @@ def job_text(job: JobInfo) -> str:
     parts = [f"{job.job} {job.state} {job.name} {job.volume or '-'}"]
     if job.state is JobState.RUNNING:
         parts.append(job_progress_text(job))
-    parts += [f"{name}={value}" for name, value in job.result.items()]
+    parts += [f"{name}={value}" for name, value in job.result.items() if name != "code" or not job.error]
     if job.error:
         parts.append(f"{job.error_code}: {job.error}")
     return " ".join(part for part in parts if part)
