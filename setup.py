@@ -34,6 +34,7 @@ setup(
             for path in sources
         ],
         build_dir="build/cython",
+        include_path=["ext/src"],
         compiler_directives={
             "language_level": "3",
             "embedsignature": True,

@@ -3,12 +3,9 @@
 Source: docs/formats.md, "Checksum". Twin: tests/reference/checksum.py.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t
 
-
-cdef extern from "walb.h" nogil:
-    uint32_t walb_checksum(const uint8_t* data, size_t size, uint32_t salt)
-    int walb_is_zero(const uint8_t* data, size_t size)
+from walb cimport walb_checksum, walb_is_zero
 
 
 def checksum(const uint8_t[::1] data not None, uint32_t salt=0):

@@ -9,19 +9,11 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 
+from extent cimport walb_extent
+from walb cimport bytes_of, structs_of, to_bytes, walb_log_record
+
 
 cdef extern from "extent.h" nogil:
-    ctypedef struct walb_log_record:
-        pass
-
-    ctypedef struct walb_extent:
-        uint64_t address_lb
-        uint64_t data_b
-        uint32_t blocks_lb
-        uint32_t offset_lb
-        uint32_t orig_lb
-        uint8_t flags
-
     ctypedef struct extent_input:
         walb_extent* buf
         size_t n
@@ -55,24 +47,6 @@ cdef extern from "extent.h" nogil:
     int64_t extent_merge_run(extent_merge* m, size_t n_max, uint64_t lb_max)
 
 
-cdef uint64_t _nothing[8]  # what pointers to empty buffers point to
-
-
-cdef const uint8_t* _bytes(const uint8_t[::1] data):
-    return &data[0] if data.shape[0] else <const uint8_t*>&_nothing[0]
-
-
-cdef const uint8_t* _structs(const uint8_t[::1] data, size_t size_b) except NULL:
-    cdef const uint8_t* p = _bytes(data)
-    if data.shape[0] % size_b or <size_t>p % 8:
-        raise ValueError("not an aligned array of whole structs")
-    return p
-
-
-cdef bytes _to_bytes(const void* data, size_t n, size_t size_b):
-    return PyBytes_FromStringAndSize(<const char*>data, <Py_ssize_t>(n * size_b))
-
-
 def from_log(const uint8_t[::1] records not None, const uint8_t[::1] buf not None, uint64_t at_b,
              uint16_t source, uint32_t max_lb=0):
     """Turn the records of a log scan (walb_log_record) into extents in order of arrival, later ones on top.
@@ -81,10 +55,10 @@ def from_log(const uint8_t[::1] records not None, const uint8_t[::1] buf not Non
     are cut. Returns (extents, -1), or (b"", number of the record) when a record has an address that no device has
     or data outside `buf`.
     """
-    cdef const walb_log_record* rec = <const walb_log_record*>_structs(records, 40)
-    cdef size_t n = records.shape[0] // 40
+    cdef const walb_log_record* rec = <const walb_log_record*>structs_of(records, sizeof(walb_log_record))
+    cdef size_t n = records.shape[0] // sizeof(walb_log_record)
     cdef size_t size_b = buf.shape[0]
-    cdef const uint8_t* data = _bytes(buf)
+    cdef const uint8_t* data = bytes_of(buf)
     cdef size_t bad = 0
     cdef int64_t count
     cdef bytes result
@@ -102,7 +76,7 @@ def from_log(const uint8_t[::1] records not None, const uint8_t[::1] buf not Non
 
 def resolve(const uint8_t[::1] arrived not None):
     """Return what is visible of extents given in order of arrival: sorted, cut where later ones lie on top."""
-    cdef const uint8_t* data = _structs(arrived, sizeof(walb_extent))
+    cdef const uint8_t* data = structs_of(arrived, sizeof(walb_extent))
     cdef size_t n = arrived.shape[0] // sizeof(walb_extent)
     cdef size_t count
     cdef walb_extent* result
@@ -115,7 +89,7 @@ def resolve(const uint8_t[::1] arrived not None):
         with nogil:
             memcpy(a, data, n * sizeof(walb_extent))
             count = extent_resolve(a, b, ends, n, &result)
-        return _to_bytes(result, count, sizeof(walb_extent))
+        return to_bytes(result, count, sizeof(walb_extent))
     finally:
         free(a)
         free(b)
@@ -124,8 +98,8 @@ def resolve(const uint8_t[::1] arrived not None):
 
 def overlay(const uint8_t[::1] under not None, const uint8_t[::1] over not None):
     """Return what is visible when the extents `over` are laid upon `under`."""
-    cdef const walb_extent* lower = <const walb_extent*>_structs(under, sizeof(walb_extent))
-    cdef const walb_extent* upper = <const walb_extent*>_structs(over, sizeof(walb_extent))
+    cdef const walb_extent* lower = <const walb_extent*>structs_of(under, sizeof(walb_extent))
+    cdef const walb_extent* upper = <const walb_extent*>structs_of(over, sizeof(walb_extent))
     cdef size_t n_lower = under.shape[0] // sizeof(walb_extent)
     cdef size_t n_upper = over.shape[0] // sizeof(walb_extent)
     cdef size_t count
@@ -135,14 +109,14 @@ def overlay(const uint8_t[::1] under not None, const uint8_t[::1] over not None)
             raise MemoryError
         with nogil:
             count = extent_overlay(lower, n_lower, upper, n_upper, out)
-        return _to_bytes(out, count, sizeof(walb_extent))
+        return to_bytes(out, count, sizeof(walb_extent))
     finally:
         free(out)
 
 
 def clip(const uint8_t[::1] extents not None, uint64_t begin_lb, uint64_t end_lb):
     """Return the parts of the extents that lie in [begin_lb, end_lb)."""
-    cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+    cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
     cdef size_t first = extent_find(e, n, begin_lb)
     cdef size_t last = first
@@ -152,7 +126,7 @@ def clip(const uint8_t[::1] extents not None, uint64_t begin_lb, uint64_t end_lb
         last += 1
     if first == last or begin_lb >= end_lb:
         return b""
-    result = _to_bytes(e + first, last - first, sizeof(walb_extent))
+    result = to_bytes(e + first, last - first, sizeof(walb_extent))
     out = <walb_extent*><char*>result
     if out[0].address_lb < begin_lb:
         extent_trim(&out[0], begin_lb)
@@ -165,7 +139,7 @@ def clip(const uint8_t[::1] extents not None, uint64_t begin_lb, uint64_t end_lb
 def cut_batch(const uint8_t[::1] extents not None, size_t first, size_t n_max, uint64_t lb_max):
     """Return the end of the batch that begins at extent `first`: at most `n_max` extents whose images come to at
     most `lb_max` blocks decompressed, but at least one (if there is one)."""
-    cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+    cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
     cdef size_t i = first
     cdef uint64_t sum_lb = 0
@@ -217,7 +191,7 @@ cdef class Merger:
 
     def feed(self, size_t i, const uint8_t[::1] extents not None):
         """Give input `i` its next extents (copied), which must follow the earlier ones in order."""
-        cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+        cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
         cdef size_t n = extents.shape[0] // sizeof(walb_extent)
         cdef extent_input* input = self._input(i)
         cdef uint64_t end_lb = input.end_lb
@@ -257,7 +231,7 @@ cdef class Merger:
 
     def take(self):
         """Return what was merged since the last call."""
-        cdef bytes result = _to_bytes(self._m.out, self._m.n_out, sizeof(walb_extent))
+        cdef bytes result = to_bytes(self._m.out, self._m.n_out, sizeof(walb_extent))
         self._m.n_out = 0
         self._m.image_lb = 0
         return result

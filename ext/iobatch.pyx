@@ -6,11 +6,9 @@ Pieces are arrays of three u64: offset in the file, size, place in the buffer [b
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint8_t, uint64_t
 from posix.types cimport off_t
+from posix.unistd cimport pread, pwrite
 
-
-cdef extern from "unistd.h" nogil:
-    ssize_t pread(int fd, void* data, size_t size, off_t offset)
-    ssize_t pwrite(int fd, const void* data, size_t size, off_t offset)
+from walb cimport structs_of
 
 
 cdef enum:
@@ -19,18 +17,11 @@ cdef enum:
     PLACE = 2
 
 
-cdef const uint64_t* _pieces(const uint8_t[::1] pieces, const uint8_t[::1] buffer) except? NULL:
+cdef const uint64_t* _pieces(const uint8_t[::1] pieces, const uint8_t[::1] buffer) except NULL:
+    cdef const uint64_t* p = <const uint64_t*>structs_of(pieces, 24)
     cdef size_t n = pieces.shape[0] // 24
     cdef uint64_t size_b = buffer.shape[0]
-    cdef const uint64_t* p
     cdef size_t i
-    if pieces.shape[0] % 24:
-        raise ValueError("not whole pieces")
-    if n == 0:
-        return NULL
-    p = <const uint64_t*>&pieces[0]
-    if <size_t>p % 8:
-        raise ValueError("pieces are not aligned")
     for i in range(n):
         if p[3 * i + PLACE] > size_b or p[3 * i + SIZE] > size_b - p[3 * i + PLACE]:
             raise ValueError("a piece lies outside the buffer")

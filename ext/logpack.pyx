@@ -20,17 +20,11 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
-
-cdef extern from "walb.h" nogil:
-    ctypedef struct walb_log_record:
-        uint64_t lsid
-        uint64_t offset_lb
-        uint64_t data_b
-        uint32_t io_size_lb
-        uint32_t flags
-        uint32_t checksum
-        uint32_t lsid_local
-    uint32_t walb_checksum(const uint8_t* data, size_t size, uint32_t salt)
+from walb cimport (
+    WALB_DISCARD, WALB_EXIST, WALB_IO_MAX_LB, WALB_LB, WALB_PACK_HEADER_B, WALB_PACK_RECORD_B, WALB_PADDING,
+    WALB_TYPE_LOGPACK, bytes_of, structs_of, walb_checksum, walb_load16, walb_load32, walb_load64, walb_log_record,
+    walb_store16, walb_store32,
+)
 
 
 class Stop(IntEnum):
@@ -87,57 +81,30 @@ cdef enum:
     F_TOTAL_SIZE = 12
     F_DATA_CHECKSUM = 13
 
-cdef enum:
-    HEADER_B = 24
-    RECORD_B = 32
-    TYPE_LOGPACK = 3
-    FLAG_EXIST = 1
-    FLAG_PADDING = 2
-    FLAG_DISCARD = 4
-    IO_SIZE_MAX_LB = 65535
-
 cdef uint64_t INVALID_LSID = 0xffffffffffffffff
 
 
-cdef inline uint16_t load16(const uint8_t* p) noexcept nogil:
-    cdef uint16_t v
-    memcpy(&v, p, 2)
-    return v
-
-
-cdef inline uint32_t load32(const uint8_t* p) noexcept nogil:
-    cdef uint32_t v
-    memcpy(&v, p, 4)
-    return v
-
-
-cdef inline uint64_t load64(const uint8_t* p) noexcept nogil:
-    cdef uint64_t v
-    memcpy(&v, p, 8)
-    return v
-
-
 cdef inline void load_record(const uint8_t* header, uint32_t i, walb_log_record* r) noexcept nogil:
-    cdef const uint8_t* p = header + HEADER_B + RECORD_B * i
-    r.checksum = load32(p)
-    r.flags = load32(p + 4)
-    r.offset_lb = load64(p + 8)
-    r.io_size_lb = load32(p + 16)
-    r.lsid_local = load16(p + 20)
-    r.lsid = load64(p + 24)
+    cdef const uint8_t* p = header + WALB_PACK_HEADER_B + WALB_PACK_RECORD_B * i
+    r.checksum = walb_load32(p)
+    r.flags = walb_load32(p + 4)
+    r.offset_lb = walb_load64(p + 8)
+    r.io_size_lb = walb_load32(p + 16)
+    r.lsid_local = walb_load16(p + 20)
+    r.lsid = walb_load64(p + 24)
     r.data_b = 0
 
 
 cdef inline uint64_t owned_pb(const walb_log_record* r, uint32_t pbs) noexcept nogil:
     """How many PBs of the pack belong to a record."""
-    if r.flags & FLAG_DISCARD:
+    if r.flags & WALB_DISCARD:
         return 0
-    return (<uint64_t>r.io_size_lb * 512 + pbs - 1) // pbs
+    return (<uint64_t>r.io_size_lb * WALB_LB + pbs - 1) // pbs
 
 
 cdef int check_seal(const uint8_t* p, uint32_t pbs, uint32_t salt) noexcept nogil:
     """Fault of what tells a header from any other block: its type and its checksum."""
-    if load16(p + 4) != TYPE_LOGPACK:
+    if walb_load16(p + 4) != WALB_TYPE_LOGPACK:
         return F_TYPE
     if walb_checksum(p, pbs, salt) != 0:
         return F_CHECKSUM
@@ -146,14 +113,14 @@ cdef int check_seal(const uint8_t* p, uint32_t pbs, uint32_t salt) noexcept nogi
 
 cdef int check_fields(const uint8_t* p, uint32_t pbs, int* record) noexcept nogil:
     """Fault of the fields of a sealed block; `record` says in which record, -1 for the header itself."""
-    cdef uint32_t total = load16(p + 6), n = load16(p + 16), n_padding = load16(p + 18)
-    cdef uint64_t lsid = load64(p + 8), local = 1
-    cdef uint32_t i, paddings = 0, pb_lb = pbs // 512
+    cdef uint32_t total = walb_load16(p + 6), n = walb_load16(p + 16), n_padding = walb_load16(p + 18)
+    cdef uint64_t lsid = walb_load64(p + 8), local = 1
+    cdef uint32_t i, paddings = 0, pb_lb = pbs // WALB_LB
     cdef walb_log_record r
     record[0] = -1
     if n == 0:
         return F_NONE if lsid == INVALID_LSID and total == 0 and n_padding == 0 else F_EMPTY
-    if n > (pbs - HEADER_B) // RECORD_B:
+    if n > (pbs - WALB_PACK_HEADER_B) // WALB_PACK_RECORD_B:
         return F_N_RECORDS
     if n_padding > 1:
         return F_N_PADDING
@@ -162,16 +129,16 @@ cdef int check_fields(const uint8_t* p, uint32_t pbs, int* record) noexcept nogi
     for i in range(n):
         load_record(p, i, &r)
         record[0] = i
-        if not r.flags & FLAG_EXIST or r.flags & ~<uint32_t>7 or r.flags == 7:
+        if not r.flags & WALB_EXIST or r.flags & ~<uint32_t>7 or r.flags == 7:
             return F_RECORD_FLAGS
-        if r.flags & FLAG_PADDING:
+        if r.flags & WALB_PADDING:
             paddings += 1
-            if r.io_size_lb > IO_SIZE_MAX_LB or r.io_size_lb % pb_lb:
+            if r.io_size_lb > WALB_IO_MAX_LB or r.io_size_lb % pb_lb:
                 return F_RECORD_SIZE
         else:
             if r.io_size_lb == 0:
                 return F_RECORD_SIZE
-            if not r.flags & FLAG_DISCARD and r.io_size_lb > IO_SIZE_MAX_LB:
+            if not r.flags & WALB_DISCARD and r.io_size_lb > WALB_IO_MAX_LB:
                 return F_RECORD_SIZE
             if r.offset_lb > (INVALID_LSID >> 9) - r.io_size_lb:
                 return F_RECORD_OFFSET
@@ -244,7 +211,7 @@ cdef class Scan:
 
 
 cdef check_pbs(uint32_t pbs):
-    if pbs == 0 or pbs % 512 or pbs > 65536:
+    if pbs == 0 or pbs % WALB_LB or pbs > 65536:
         raise ValueError("pbs must be a multiple of 512 up to 65536")
 
 
@@ -253,7 +220,7 @@ cdef check_pbs(uint32_t pbs):
 cdef int verify_records(const uint8_t* header, uint32_t pbs, uint32_t salt, bint verify, const uint8_t* data,
                         size_t size, size_t base, uint32_t* first, size_t* pos,
                         record_list* rs) noexcept nogil:
-    cdef uint32_t n = load16(header + 16)
+    cdef uint32_t n = walb_load16(header + 16)
     cdef walb_log_record r
     cdef size_t own
     while first[0] < n:
@@ -261,9 +228,9 @@ cdef int verify_records(const uint8_t* header, uint32_t pbs, uint32_t salt, bint
         own = owned_pb(&r, pbs) * pbs
         if size - pos[0] < own:
             return F_NONE
-        if not r.flags & (FLAG_DISCARD | FLAG_PADDING):
+        if not r.flags & (WALB_DISCARD | WALB_PADDING):
             r.data_b = base + pos[0]
-            if verify and walb_checksum(data + pos[0], <size_t>r.io_size_lb * 512, salt) != r.checksum:
+            if verify and walb_checksum(data + pos[0], <size_t>r.io_size_lb * WALB_LB, salt) != r.checksum:
                 return F_DATA_CHECKSUM
         if rs != NULL and push(rs, &r):
             return -1
@@ -276,7 +243,7 @@ def scan(const uint8_t[::1] buf not None, uint32_t pbs, uint32_t salt, uint64_t 
          bint verify_data=True, bytearray records=None):
     check_pbs(pbs)
     cdef size_t size = buf.shape[0], at = 0, pos, kept
-    cdef const uint8_t* base = &buf[0] if size else NULL
+    cdef const uint8_t* base = bytes_of(buf)
     cdef const uint8_t* p
     cdef record_list rs = record_list(NULL, 0, 0)
     cdef record_list* want = &rs if records is not None else NULL
@@ -298,12 +265,12 @@ def scan(const uint8_t[::1] buf not None, uint32_t pbs, uint32_t salt, uint64_t 
             if fault:
                 stop = S_NOT_HEADER
                 break
-            n = load16(p + 16)
+            n = walb_load16(p + 16)
             if n == 0:
                 fault = check_fields(p, pbs, &record)
                 stop = S_NOT_HEADER if fault else S_END
                 break
-            if load64(p + 8) != lsid:
+            if walb_load64(p + 8) != lsid:
                 fault = F_LSID
                 stop = S_WRONG_LSID
                 break
@@ -311,7 +278,7 @@ def scan(const uint8_t[::1] buf not None, uint32_t pbs, uint32_t salt, uint64_t 
             if fault:
                 stop = S_BAD_HEADER
                 break
-            need = (1 + <size_t>load16(p + 6)) * pbs
+            need = (1 + <size_t>walb_load16(p + 6)) * pbs
             if size - at < need:
                 stop = S_MORE
                 break
@@ -352,11 +319,11 @@ def scan_data(const uint8_t[::1] header not None, uint32_t pbs, uint32_t salt, c
               uint32_t first, *, bint verify_data=True, bytearray records=None):
     check_valid(header, pbs, salt)
     cdef const uint8_t* p = &header[0]
-    cdef uint32_t n = load16(p + 16), reached = first
+    cdef uint32_t n = walb_load16(p + 16), reached = first
     if first > n:
         raise ValueError("the pack has fewer records")
     cdef size_t size = data.shape[0], pos = 0
-    cdef const uint8_t* base = &data[0] if size else NULL
+    cdef const uint8_t* base = bytes_of(data)
     cdef record_list rs = record_list(NULL, 0, 0)
     cdef record_list* want = &rs if records is not None else NULL
     cdef Scan s = Scan.__new__(Scan)
@@ -377,7 +344,7 @@ def scan_data(const uint8_t[::1] header not None, uint32_t pbs, uint32_t salt, c
     s.trouble_b = pos
     s._fault = fault
     if reached == n:
-        s.lsid = load64(p + 8) + 1 + load16(p + 6)
+        s.lsid = walb_load64(p + 8) + 1 + walb_load16(p + 6)
         s._stop = S_END
     else:
         load_record(p, reached, &r)
@@ -407,58 +374,57 @@ def check_header(const uint8_t[::1] block not None, uint32_t pbs, uint32_t salt)
 
 def shrink(const uint8_t[::1] header not None, uint32_t pbs, uint32_t salt, uint32_t n_records):
     check_valid(header, pbs, salt)
-    cdef uint32_t n = load16(&header[0] + 16), i, csum
+    cdef uint32_t n = walb_load16(&header[0] + 16), i
     if not 0 < n_records <= n:
         raise ValueError("a pack shrinks to at least one record and at most those it has")
     cdef bytearray out = bytearray(header)
     cdef uint8_t* p = <uint8_t*>PyByteArray_AS_STRING(out)
     cdef walb_log_record r
-    cdef uint16_t total = 0, n_padding = 0, kept = n_records
+    cdef uint32_t total = 0, n_padding = 0
     for i in range(n_records):
         load_record(p, i, &r)
         total += owned_pb(&r, pbs)
-        n_padding += 1 if r.flags & FLAG_PADDING else 0
-    memset(p + HEADER_B + RECORD_B * n_records, 0, RECORD_B * (n - n_records))
-    memset(p, 0, 4)
-    memcpy(p + 6, &total, 2)
-    memcpy(p + 16, &kept, 2)
-    memcpy(p + 18, &n_padding, 2)
-    csum = walb_checksum(p, pbs, salt)
-    memcpy(p, &csum, 4)
+        n_padding += 1 if r.flags & WALB_PADDING else 0
+    memset(p + WALB_PACK_HEADER_B + WALB_PACK_RECORD_B * n_records, 0, WALB_PACK_RECORD_B * (n - n_records))
+    walb_store32(p, 0)
+    walb_store16(p + 6, total)
+    walb_store16(p + 16, n_records)
+    walb_store16(p + 18, n_padding)
+    walb_store32(p, walb_checksum(p, pbs, salt))
     return bytes(out)
 
 
 def find_headers(const uint8_t[::1] buf not None, uint32_t pbs, uint32_t salt):
     check_pbs(pbs)
     cdef size_t i = 0, n = buf.shape[0] // pbs
-    cdef const uint8_t* base = &buf[0] if buf.shape[0] else NULL
+    cdef const uint8_t* base = bytes_of(buf)
     cdef bint found
     result = []
     while True:
         found = False
         with nogil:
             while i < n:
-                if load16(base + i * pbs + 16) != 0 and check_seal(base + i * pbs, pbs, salt) == F_NONE:
+                if walb_load16(base + i * pbs + 16) != 0 and check_seal(base + i * pbs, pbs, salt) == F_NONE:
                     found = True
                     break
                 i += 1
         if not found:
             return result
-        result.append((i, load64(base + i * pbs + 8)))
+        result.append((i, walb_load64(base + i * pbs + 8)))
         i += 1
 
 
 def find_claims(const uint8_t[::1] buf not None, uint32_t pbs, uint64_t lsid):
     check_pbs(pbs)
     cdef size_t i = 0, n = buf.shape[0] // pbs
-    cdef const uint8_t* base = &buf[0] if buf.shape[0] else NULL
+    cdef const uint8_t* base = bytes_of(buf)
     cdef bint found
     result = []
     while True:
         found = False
         with nogil:
             while i < n:
-                if load16(base + i * pbs + 4) == TYPE_LOGPACK and load64(base + i * pbs + 8) == lsid + i:
+                if walb_load16(base + i * pbs + 4) == WALB_TYPE_LOGPACK and walb_load64(base + i * pbs + 8) == lsid + i:
                     found = True
                     break
                 i += 1
@@ -469,24 +435,20 @@ def find_claims(const uint8_t[::1] buf not None, uint32_t pbs, uint64_t lsid):
 
 
 def bad_records(const uint8_t[::1] data not None, uint32_t salt, const uint8_t[::1] records not None):
-    if records.shape[0] % sizeof(walb_log_record):
-        raise ValueError("records must hold whole log records")
+    cdef const walb_log_record* r = <const walb_log_record*>structs_of(records, sizeof(walb_log_record))
     cdef Py_ssize_t i = 0, n = records.shape[0] // sizeof(walb_log_record)
-    cdef const uint8_t* rs = &records[0] if n else NULL
-    cdef walb_log_record r
     cdef size_t size = data.shape[0]
-    cdef const uint8_t* base = &data[0] if size else NULL
+    cdef const uint8_t* base = bytes_of(data)
     cdef int outside = 0
     found = []
     while i < n:
         with nogil:
             while i < n:
-                memcpy(&r, rs + i * <Py_ssize_t>sizeof(walb_log_record), sizeof(walb_log_record))
-                if not r.flags & (FLAG_DISCARD | FLAG_PADDING):
-                    if r.data_b > size or <size_t>r.io_size_lb * 512 > size - r.data_b:
+                if not r[i].flags & (WALB_DISCARD | WALB_PADDING):
+                    if r[i].data_b > size or <size_t>r[i].io_size_lb * WALB_LB > size - r[i].data_b:
                         outside = 1
                         break
-                    if walb_checksum(base + r.data_b, <size_t>r.io_size_lb * 512, salt) != r.checksum:
+                    if walb_checksum(base + r[i].data_b, <size_t>r[i].io_size_lb * WALB_LB, salt) != r[i].checksum:
                         break
                 i += 1
         if outside:

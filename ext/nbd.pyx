@@ -11,24 +11,15 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from device cimport (
+    NBD_CMD_BLOCK_STATUS, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES, NBD_FLAG_DF, NBD_FLAG_FAST_ZERO, NBD_FLAG_FUA, NBD_FLAG_NO_HOLE, NBD_FLAG_REQ_ONE, walb_range,
+    walb_request,
+)
+from walb cimport WALB_LB
+
 from walbd.errors import RemoteProtocolError
 
-
-cdef extern from "device.h" nogil:
-    ctypedef struct walb_request:
-        uint64_t cookie
-        uint64_t offset_b
-        uint64_t data_b
-        uint32_t length_b
-        uint32_t error
-        uint16_t type
-        uint16_t flags
-        uint32_t reserved
-    ctypedef struct walb_range:
-        uint64_t offset_b
-        uint64_t size_b
-        uint64_t out_b
-        uint64_t index
 
 cdef extern from *:
     uint16_t bswap16 "__builtin_bswap16"(uint16_t) nogil
@@ -42,22 +33,6 @@ cdef enum:
     REQUEST_B = 28
     SIMPLE_REPLY_B = 16
     DATA_CHUNK_B = 28  # structured header and the offset
-    LB = 512
-
-    CMD_READ = 0
-    CMD_WRITE = 1
-    CMD_DISC = 2
-    CMD_FLUSH = 3
-    CMD_TRIM = 4
-    CMD_CACHE = 5
-    CMD_WRITE_ZEROES = 6
-    CMD_BLOCK_STATUS = 7
-
-    FLAG_FUA = 1
-    FLAG_NO_HOLE = 2
-    FLAG_DF = 4
-    FLAG_REQ_ONE = 8
-    FLAG_FAST_ZERO = 16
 
     REPLY_DONE = 1
     REPLY_OFFSET_DATA = 1
@@ -153,21 +128,21 @@ def parse_requests(const uint8_t[::1] data not None, Py_ssize_t begin, Py_ssize_
             raise RemoteProtocolError("not an NBD request", magic=f"{_load32(p):#x}")
         _parse(p, &q)
         need = REQUEST_B
-        if q.type == CMD_WRITE:
+        if q.type == NBD_CMD_WRITE:
             if q.length_b > length_max_b:
                 raise RemoteProtocolError("NBD write is too large", size_b=q.length_b, size_max_b=length_max_b)
             need += q.length_b
             if end - pos < need:
                 break
         _check(&q, size_b, length_max_b, read_only)
-        if q.error or (q.type != CMD_READ and not _is_write(&q)):
+        if q.error or (q.type != NBD_CMD_READ and not _is_write(&q)):
             n_others += 1
-        elif q.type == CMD_READ:
+        elif q.type == NBD_CMD_READ:
             n_reads += 1
         else:
             n_writes += 1
         cost_b += COST_B
-        if q.type == CMD_WRITE or (q.type == CMD_READ and not q.error):
+        if q.type == NBD_CMD_WRITE or (q.type == NBD_CMD_READ and not q.error):
             cost_b += q.length_b
         pos += need
         need = REQUEST_B
@@ -184,22 +159,22 @@ def parse_requests(const uint8_t[::1] data not None, Py_ssize_t begin, Py_ssize_
         _parse(&data[pos], &q)
         _check(&q, size_b, length_max_b, read_only)
         pos += REQUEST_B
-        if q.type == CMD_WRITE:
+        if q.type == NBD_CMD_WRITE:
             q.data_b = pos
             pos += q.length_b
-        if q.error or (q.type != CMD_READ and not _is_write(&q)):
+        if q.error or (q.type != NBD_CMD_READ and not _is_write(&q)):
             others[n_others] = q
             n_others += 1
-        elif q.type == CMD_READ:
+        elif q.type == NBD_CMD_READ:
             reads[n_reads] = q
             n_reads += 1
             read_b += q.length_b
         else:
             writes[n_writes] = q
             n_writes += 1
-            if q.type == CMD_WRITE:
+            if q.type == NBD_CMD_WRITE:
                 write_b += q.length_b
-            if q.flags & FLAG_FUA:
+            if q.flags & NBD_FLAG_FUA:
                 n_fua += 1
         n -= 1
     return pos, need, write_table, n_fua, write_b, read_table, read_b, other_table
@@ -226,36 +201,36 @@ cdef inline void _parse(const uint8_t* p, walb_request* q) noexcept nogil:
 
 
 cdef inline bint _is_write(const walb_request* q) noexcept nogil:
-    return q.type == CMD_WRITE or q.type == CMD_TRIM or q.type == CMD_WRITE_ZEROES
+    return q.type == NBD_CMD_WRITE or q.type == NBD_CMD_TRIM or q.type == NBD_CMD_WRITE_ZEROES
 
 
 cdef inline void _check(walb_request* q, uint64_t size_b, uint32_t length_max_b, bint read_only) noexcept nogil:
     """Set the error of a request that must be refused."""
-    cdef uint16_t allowed = FLAG_FUA  # meaningless but allowed on any command
+    cdef uint16_t allowed = NBD_FLAG_FUA  # meaningless but allowed on any command
     cdef bint inside = q.offset_b <= size_b and q.length_b <= size_b - q.offset_b
     if _is_write(q):
-        if q.type == CMD_WRITE_ZEROES:
-            allowed |= FLAG_NO_HOLE | FLAG_FAST_ZERO
+        if q.type == NBD_CMD_WRITE_ZEROES:
+            allowed |= NBD_FLAG_NO_HOLE | NBD_FLAG_FAST_ZERO
         if read_only:
             q.error = EPERM
-        elif q.flags & ~allowed or q.length_b == 0 or q.offset_b % LB or q.length_b % LB:
+        elif q.flags & ~allowed or q.length_b == 0 or q.offset_b % WALB_LB or q.length_b % WALB_LB:
             q.error = EINVAL
         elif not inside:
             q.error = ENOSPC
-        elif q.flags & FLAG_FAST_ZERO and q.flags & FLAG_NO_HOLE:
+        elif q.flags & NBD_FLAG_FAST_ZERO and q.flags & NBD_FLAG_NO_HOLE:
             q.error = ENOTSUP  # zeros that must be allocated are written, which is not fast
-    elif q.type == CMD_READ:
-        if q.flags & ~(allowed | FLAG_DF) or q.length_b == 0 or not inside:
+    elif q.type == NBD_CMD_READ:
+        if q.flags & ~(allowed | NBD_FLAG_DF) or q.length_b == 0 or not inside:
             q.error = EINVAL
         elif q.length_b > length_max_b:
             q.error = EOVERFLOW
-    elif q.type == CMD_BLOCK_STATUS:
-        if q.flags & ~(allowed | FLAG_REQ_ONE) or q.length_b == 0 or not inside:
+    elif q.type == NBD_CMD_BLOCK_STATUS:
+        if q.flags & ~(allowed | NBD_FLAG_REQ_ONE) or q.length_b == 0 or not inside:
             q.error = EINVAL
-    elif q.type == CMD_FLUSH:
+    elif q.type == NBD_CMD_FLUSH:
         if q.flags & ~allowed:
             q.error = EINVAL
-    elif q.type != CMD_DISC:
+    elif q.type != NBD_CMD_DISC:
         q.error = EINVAL
 
 
@@ -279,14 +254,14 @@ def simple_replies(requests not None, Py_ssize_t begin, Py_ssize_t end, uint32_t
     q = <const walb_request*>&view[0]
     if fua >= 0:
         for i in range(begin, end):
-            if (q[i].flags & FLAG_FUA) == fua:
+            if (q[i].flags & NBD_FLAG_FUA) == fua:
                 n_out += 1
     else:
         n_out = end - begin
     replies = PyBytes_FromStringAndSize(NULL, n_out * SIMPLE_REPLY_B)
     out = <uint8_t*>PyBytes_AS_STRING(replies)
     for i in range(begin, end):
-        if fua >= 0 and (q[i].flags & FLAG_FUA) != fua:
+        if fua >= 0 and (q[i].flags & NBD_FLAG_FUA) != fua:
             continue
         memcpy(out, &magic, 4)
         memcpy(out + 4, &code, 4)

@@ -14,6 +14,11 @@ from libc.errno cimport EAGAIN, EINTR, ENOSYS, EOPNOTSUPP, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from posix.types cimport off_t
+from posix.uio cimport RWF_NOWAIT, iovec, preadv2
+
+from device cimport WALB_IOV_MAX, WALB_ZEROS_B, walb_pwritev_all, walb_range, walb_zeros
+from walb cimport WALB_DISCARD, WALB_LB, WALB_PADDING, WALB_ZEROS, walb_log_record
 
 
 cdef extern from "imap.h" nogil:
@@ -34,36 +39,7 @@ cdef extern from "imap.h" nogil:
     int imap_insert(imap* m, uint64_t begin, uint64_t end, uint64_t seq, const uint8_t* data)
     void imap_retire(imap* m, uint64_t begin, uint64_t end, uint64_t seq)
 
-cdef extern from "device.h" nogil:
-    ctypedef struct walb_log_record:
-        uint64_t lsid
-        uint64_t offset_lb
-        uint64_t data_b
-        uint32_t io_size_lb
-        uint32_t flags
-        uint32_t lsid_local
-    ctypedef struct walb_range:
-        uint64_t offset_b
-        uint64_t size_b
-        uint64_t out_b
-        uint64_t index
-    struct iovec:
-        void* iov_base
-        size_t iov_len
-    uint8_t walb_zeros[1]
-    int WALB_ZEROS_B
-    int WALB_PADDING
-    int WALB_DISCARD
-    int WALB_ZEROS
-    int WALB_IOV_MAX
-    int walb_pwritev_all(int fd, iovec* iov, size_t n, uint64_t offset)
-
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t preadv2(int fd, const iovec* iov, int n, long offset, int flags)
-    int RWF_NOWAIT
-
 cdef enum:
-    LB = 512
     GIL_KEEP_N = 256  # fewer records than this are inserted without giving up the GIL
 
 
@@ -124,11 +100,11 @@ cdef class Overlay:
             if r[i].io_size_lb == 0 or r[i].offset_lb > (<uint64_t>1 << 54):
                 raise ValueError("record has a bad range")
             if r[i].flags & WALB_ZEROS:
-                if <uint64_t>r[i].io_size_lb * LB > <uint64_t>WALB_ZEROS_B:
+                if <uint64_t>r[i].io_size_lb * WALB_LB > <uint64_t>WALB_ZEROS_B:
                     raise ValueError("record of zeros is too large")
             elif not r[i].flags & (WALB_DISCARD | WALB_PADDING):
                 uses_data = True
-                if r[i].data_b > size_b or <uint64_t>r[i].io_size_lb * LB > size_b - r[i].data_b:
+                if r[i].data_b > size_b or <uint64_t>r[i].io_size_lb * WALB_LB > size_b - r[i].data_b:
                     raise ValueError("record reaches outside its data")
         if table.n < GIL_KEEP_N:
             failed = _insert_all(&self.map, r, table.n, base, &seq)  # shorter than handing the GIL over and back
@@ -182,18 +158,18 @@ cdef class Overlay:
         cdef uint64_t pos = q.offset_b
         cdef uint64_t end = q.offset_b + q.size_b
         cdef uint64_t begin, stop
-        cdef imap_cursor c = imap_find(&self.map, pos // LB)
+        cdef imap_cursor c = imap_find(&self.map, pos // WALB_LB)
         cdef imap_entry* e
         while pos < end:
             e = imap_at(&self.map, c)
-            if e == NULL or e.begin * LB >= end:
+            if e == NULL or e.begin * WALB_LB >= end:
                 _add_gap(gaps, q, pos, end)
                 return 0
-            begin = e.begin * LB
+            begin = e.begin * WALB_LB
             if begin > pos:
                 _add_gap(gaps, q, pos, begin)
                 pos = begin
-            stop = e.end * LB
+            stop = e.end * WALB_LB
             if stop > end:
                 stop = end
             if e.data == NULL:
@@ -206,12 +182,12 @@ cdef class Overlay:
 
     def extents(self, uint64_t offset_b, uint64_t size_b):
         """Return (begin, end, is_zero) [byte] of the overlay's entries inside a range, ascending, clipped."""
-        cdef imap_cursor c = imap_find(&self.map, offset_b // LB)
+        cdef imap_cursor c = imap_find(&self.map, offset_b // WALB_LB)
         cdef imap_entry* e = imap_at(&self.map, c)
         cdef uint64_t end = offset_b + size_b
         found = []
-        while e != NULL and e.begin * LB < end:
-            found.append((max(e.begin * LB, offset_b), min(e.end * LB, end), e.data == NULL))
+        while e != NULL and e.begin * WALB_LB < end:
+            found.append((max(e.begin * WALB_LB, offset_b), min(e.end * WALB_LB, end), e.data == NULL))
             c = imap_next(&self.map, c)
             e = imap_at(&self.map, c)
         return found
@@ -227,13 +203,13 @@ cdef class Overlay:
             if e.data == NULL:
                 if e.begin != end:
                     if end > begin:
-                        found.append((begin * LB, (end - begin) * LB))
+                        found.append((begin * WALB_LB, (end - begin) * WALB_LB))
                     begin = e.begin
                 end = e.end
             c = imap_next(&self.map, c)
             e = imap_at(&self.map, c)
         if end > begin:
-            found.append((begin * LB, (end - begin) * LB))
+            found.append((begin * WALB_LB, (end - begin) * WALB_LB))
         return found
 
     def writes(self):
@@ -243,7 +219,7 @@ cdef class Overlay:
         found = []
         while e != NULL:
             if e.data != NULL:
-                found.append((e.begin * LB, (<const char*>e.data)[: (e.end - e.begin) * LB]))
+                found.append((e.begin * WALB_LB, (<const char*>e.data)[: (e.end - e.begin) * WALB_LB]))
             c = imap_next(&self.map, c)
             e = imap_at(&self.map, c)
         return found
@@ -273,20 +249,20 @@ cdef class Overlay:
         while e != NULL:
             if e.data != NULL:
                 if n > 0 and (e.begin != end or n == <size_t>WALB_IOV_MAX):
-                    code = walb_pwritev_all(fd, iov, n, begin * LB)
+                    code = walb_pwritev_all(fd, iov, n, begin * WALB_LB)
                     if code:
                         return code
                     n = 0
                 if n == 0:
                     begin = e.begin
                 iov[n].iov_base = <void*>e.data
-                iov[n].iov_len = (e.end - e.begin) * LB
+                iov[n].iov_len = (e.end - e.begin) * WALB_LB
                 n += 1
                 end = e.end
             c = imap_next(&self.map, c)
             e = imap_at(&self.map, c)
         if n > 0:
-            return walb_pwritev_all(fd, iov, n, begin * LB)
+            return walb_pwritev_all(fd, iov, n, begin * WALB_LB)
         return 0
 
 
@@ -377,7 +353,7 @@ cdef int _read_one(int fd, uint8_t* out, uint64_t size_b, uint64_t offset_b, bin
     while done < size_b:
         iov.iov_base = out + done
         iov.iov_len = size_b - done
-        n = preadv2(fd, &iov, 1, <long>(offset_b + done), RWF_NOWAIT if nowait else 0)
+        n = preadv2(fd, &iov, 1, <off_t>(offset_b + done), RWF_NOWAIT if nowait else 0)
         if n < 0:
             if errno == EINTR:
                 continue

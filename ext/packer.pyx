@@ -10,49 +10,21 @@ import os
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyObject_GetBuffer, PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcpy
+from posix.uio cimport iovec
 
+from device cimport (
+    NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_FLAG_NO_HOLE, WALB_ZEROS_B, walb_pwritev_all, walb_request,
+    walb_zeros,
+)
+from walb cimport (
+    WALB_DISCARD, WALB_EXIST, WALB_LB, WALB_PACK_HEADER_B, WALB_PACK_RECORD_B, WALB_PADDING, WALB_TYPE_LOGPACK,
+    WALB_ZEROS, walb_checksum, walb_log_record, walb_store16, walb_store32, walb_store64,
+)
 
-cdef extern from "device.h" nogil:
-    ctypedef struct walb_log_record:
-        uint64_t lsid
-        uint64_t offset_lb
-        uint64_t data_b
-        uint32_t io_size_lb
-        uint32_t flags
-        uint32_t checksum
-        uint32_t lsid_local
-    ctypedef struct walb_request:
-        uint64_t cookie
-        uint64_t offset_b
-        uint64_t data_b
-        uint32_t length_b
-        uint32_t error
-        uint16_t type
-        uint16_t flags
-    struct iovec:
-        void* iov_base
-        size_t iov_len
-    uint8_t walb_zeros[1]
-    int WALB_ZEROS_B
-    int WALB_EXIST
-    int WALB_PADDING
-    int WALB_DISCARD
-    int WALB_ZEROS
-    int WALB_NBD_WRITE
-    int WALB_NBD_TRIM
-    int WALB_NBD_WRITE_ZEROES
-    int WALB_NBD_NO_HOLE
-    uint32_t walb_checksum(const uint8_t* data, size_t size, uint32_t salt)
-    int walb_pwritev_all(int fd, iovec* iov, size_t n, uint64_t offset)
 
 cdef enum:
-    LB = 512
-    HEADER_B = 24
-    RECORD_B = 32
-    SECTOR_TYPE_LOGPACK = 3
     PB_MAX = 65535  # of a pack's data
     PAGE_B = 4096
     GIL_KEEP_B = 256 << 10  # work on less than this keeps the GIL
@@ -97,7 +69,7 @@ cdef class Packer:
         self.salt = salt
         self.record_max_pb = record_max_pb
         self.pack_max_pb = pack_max_pb
-        self.n_records_max = (pbs - HEADER_B) // RECORD_B
+        self.n_records_max = (pbs - WALB_PACK_HEADER_B) // WALB_PACK_RECORD_B
 
     def begin(self, uint64_t lsid, uint64_t lsid_limit):
         """Start a batch whose first pack is at `lsid`, and whose last must end at or before `lsid_limit`."""
@@ -173,12 +145,12 @@ cdef class LogBatch:
         if table.view.len % sizeof(walb_request) or not 0 <= index <= n:
             raise ValueError("bad table of requests")
         for i in range(index, n):
-            if q[i].length_b == 0 or q[i].length_b % LB or q[i].offset_b % LB or q[i].error:
+            if q[i].length_b == 0 or q[i].length_b % WALB_LB or q[i].offset_b % WALB_LB or q[i].error:
                 raise ValueError("bad request")
-            if q[i].type == WALB_NBD_WRITE:
+            if q[i].type == NBD_CMD_WRITE:
                 if q[i].data_b > <uint64_t>held.view.len or q[i].length_b > <uint64_t>held.view.len - q[i].data_b:
                     raise ValueError("payload reaches outside its buffer")
-            elif q[i].type != WALB_NBD_TRIM and q[i].type != WALB_NBD_WRITE_ZEROES:
+            elif q[i].type != NBD_CMD_TRIM and q[i].type != NBD_CMD_WRITE_ZEROES:
                 raise ValueError("request of a wrong type")
         if index < n and done_b >= q[index].length_b:
             raise ValueError("bad position in a request")
@@ -205,19 +177,19 @@ cdef class LogBatch:
         cdef uint64_t size_b = q.length_b - done_b[0]
         cdef uint32_t flags = WALB_EXIST
         cdef const uint8_t* data = NULL
-        if q.type == WALB_NBD_TRIM or (q.type == WALB_NBD_WRITE_ZEROES and not q.flags & WALB_NBD_NO_HOLE):
+        if q.type == NBD_CMD_TRIM or (q.type == NBD_CMD_WRITE_ZEROES and not q.flags & NBD_FLAG_NO_HOLE):
             flags |= WALB_DISCARD
         else:
             if size_b > record_max_b:
                 size_b = record_max_b
-            if q.type == WALB_NBD_WRITE:
+            if q.type == NBD_CMD_WRITE:
                 data = base + q.data_b + done_b[0]
             else:
                 flags |= WALB_ZEROS
                 data = walb_zeros
-        out.offset_lb = (q.offset_b + done_b[0]) // LB
-        out.io_size_lb = <uint32_t>(size_b // LB)
-        out.data_b = q.data_b + done_b[0] if q.type == WALB_NBD_WRITE else 0
+        out.offset_lb = (q.offset_b + done_b[0]) // WALB_LB
+        out.io_size_lb = <uint32_t>(size_b // WALB_LB)
+        out.data_b = q.data_b + done_b[0] if q.type == NBD_CMD_WRITE else 0
         out.flags = flags
         out.checksum = 0
         if not self._place(out, data):
@@ -234,7 +206,7 @@ cdef class LogBatch:
         cdef uint32_t pad_pb = 0
         cdef int attempt
         if not r.flags & WALB_DISCARD:
-            n_pb = (r.io_size_lb * LB + p.pbs - 1) // p.pbs
+            n_pb = (r.io_size_lb * WALB_LB + p.pbs - 1) // p.pbs
         for attempt in range(2):
             if self._header == NULL and not self._open_pack():
                 return 0
@@ -302,8 +274,8 @@ cdef class LogBatch:
         self._header = NULL
 
     cdef int _add_padding(self, uint32_t pad_pb) except -1:
-        cdef uint8_t* field = self._header + HEADER_B + self._n_pack_records * RECORD_B
-        _set_record(field, WALB_EXIST | WALB_PADDING, 0, pad_pb * (self._packer.pbs // LB), self._total_pb + 1,
+        cdef uint8_t* field = self._header + WALB_PACK_HEADER_B + self._n_pack_records * WALB_PACK_RECORD_B
+        _set_record(field, WALB_EXIST | WALB_PADDING, 0, pad_pb * (self._packer.pbs // WALB_LB), self._total_pb + 1,
                     self._pack_lsid)
         self._total_pb += pad_pb
         self._n_padding = 1
@@ -311,8 +283,8 @@ cdef class LogBatch:
         return 0
 
     cdef int _add_record(self, walb_log_record* r, uint64_t lsid, uint32_t n_pb, const uint8_t* data) except -1:
-        cdef uint8_t* field = self._header + HEADER_B + self._n_pack_records * RECORD_B
-        cdef uint32_t size_b = r.io_size_lb * LB
+        cdef uint8_t* field = self._header + WALB_PACK_HEADER_B + self._n_pack_records * WALB_PACK_RECORD_B
+        cdef uint32_t size_b = r.io_size_lb * WALB_LB
         cdef _Record* grown
         cdef size_t cap
         r.lsid = lsid
@@ -410,14 +382,11 @@ cdef class LogBatch:
     cdef void _seal(self) noexcept nogil:
         cdef uint32_t i
         cdef size_t k
-        cdef uint32_t value
         cdef uint32_t salt = self._packer.salt
         for k in range(self._n_records):
-            value = walb_checksum(self._records[k].data, self._records[k].size_b, salt)
-            memcpy(self._records[k].field, &value, 4)
+            walb_store32(self._records[k].field, walb_checksum(self._records[k].data, self._records[k].size_b, salt))
         for i in range(self.n_packs):
-            value = walb_checksum(self._headers[i], self._packer.pbs, salt)
-            memcpy(self._headers[i], &value, 4)
+            walb_store32(self._headers[i], walb_checksum(self._headers[i], self._packer.pbs, salt))
 
     def write(self, int fd):
         """Write the sealed batch to the log device, without the GIL. Once only. Raises OSError."""
@@ -470,23 +439,17 @@ cdef class _Held:
 
 cdef void _set_header(uint8_t* h, uint32_t total_pb, uint64_t lsid, uint32_t n_records,
                       uint32_t n_padding) noexcept nogil:
-    _put16(h + 4, SECTOR_TYPE_LOGPACK)
-    _put16(h + 6, total_pb)
-    memcpy(h + 8, &lsid, 8)
-    _put16(h + 16, n_records)
-    _put16(h + 18, n_padding)
+    walb_store16(h + 4, WALB_TYPE_LOGPACK)
+    walb_store16(h + 6, total_pb)
+    walb_store64(h + 8, lsid)
+    walb_store16(h + 16, n_records)
+    walb_store16(h + 18, n_padding)
 
 
 cdef void _set_record(uint8_t* r, uint32_t flags, uint64_t offset_lb, uint32_t io_size_lb, uint32_t lsid_local,
                       uint64_t pack_lsid) noexcept nogil:
-    cdef uint64_t lsid = pack_lsid + lsid_local
-    memcpy(r + 4, &flags, 4)
-    memcpy(r + 8, &offset_lb, 8)
-    memcpy(r + 16, &io_size_lb, 4)
-    _put16(r + 20, lsid_local)
-    memcpy(r + 24, &lsid, 8)
-
-
-cdef void _put16(uint8_t* p, uint32_t value) noexcept nogil:
-    cdef uint16_t small = <uint16_t>value
-    memcpy(p, &small, 2)
+    walb_store32(r + 4, flags)
+    walb_store64(r + 8, offset_lb)
+    walb_store32(r + 16, io_size_lb)
+    walb_store16(r + 20, lsid_local)
+    walb_store64(r + 24, pack_lsid + lsid_local)

@@ -33,11 +33,17 @@ typedef struct {
     uint64_t index;
 } walb_range;
 
-enum { WALB_NBD_READ = 0, WALB_NBD_WRITE = 1, WALB_NBD_TRIM = 4, WALB_NBD_WRITE_ZEROES = 6 };
-enum { WALB_NBD_FUA = 1, WALB_NBD_NO_HOLE = 2 };
-
-/* Flags of log records; the last one never goes to disk: the data are zeros and need no buffer. */
-enum { WALB_EXIST = 1, WALB_PADDING = 2, WALB_DISCARD = 4, WALB_ZEROS = 256 };
+/* Commands of the NBD protocol, and flags of requests. */
+enum {
+    NBD_CMD_READ = 0,
+    NBD_CMD_WRITE = 1,
+    NBD_CMD_DISC = 2,
+    NBD_CMD_FLUSH = 3,
+    NBD_CMD_TRIM = 4,
+    NBD_CMD_WRITE_ZEROES = 6,
+    NBD_CMD_BLOCK_STATUS = 7
+};
+enum { NBD_FLAG_FUA = 1, NBD_FLAG_NO_HOLE = 2, NBD_FLAG_DF = 4, NBD_FLAG_REQ_ONE = 8, NBD_FLAG_FAST_ZERO = 16 };
 
 /* Data of records with WALB_ZEROS; a record is never larger than this. */
 #define WALB_ZEROS_B (1 << 20)

@@ -10,8 +10,6 @@
 
 enum { EXT_ALLZERO = 2, EXT_DISCARD = 4, EXT_NODATA = EXT_ALLZERO | EXT_DISCARD };
 
-/* The largest normal record [LB]: as large as a log IO can be, so that 32 MiB of memory always hold one. */
-#define WALB_IO_MAX_LB 65535u
 /* No address is at or above this [LB]: byte offsets then fit in a signed 64-bit integer. */
 #define WALB_ADDRESS_MAX_LB (UINT64_C(1) << 54)
 

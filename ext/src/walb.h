@@ -11,6 +11,17 @@
 #error "walbd's core supports little-endian machines only"
 #endif
 
+enum {
+    WALB_LB = 512, /* a logical block [byte] */
+    WALB_IO_MAX_LB = 65535, /* the largest record: so that 32 MiB of memory always hold one */
+    WALB_TYPE_LOGPACK = 3, /* sector type of the header of a logpack */
+    WALB_PACK_HEADER_B = 24,
+    WALB_PACK_RECORD_B = 32
+};
+
+/* Flags of log records; the last one never goes to disk: the data are zeros and need no buffer. */
+enum { WALB_EXIST = 1, WALB_PADDING = 2, WALB_DISCARD = 4, WALB_ZEROS = 256 };
+
 /* One record found by a log scan (walbd.ext.logpack), as scans hand them on in byte buffers; 40 bytes, no gaps.
  * `data_b` is the offset of the record's data in the scanned buffer [byte]; discards and paddings have none (0).
  * Python: struct.Struct("<QQQIIII"). */
@@ -19,10 +30,20 @@ typedef struct {
     uint64_t offset_lb;
     uint64_t data_b;
     uint32_t io_size_lb;
-    uint32_t flags; /* 1 exist, 2 padding, 4 discard */
+    uint32_t flags; /* WALB_EXIST and others */
     uint32_t checksum;
     uint32_t lsid_local;
 } walb_log_record;
+
+/* What pointers to the contents of empty buffers point to. */
+static uint64_t walb_nothing[1] __attribute__((unused));
+
+static inline uint16_t walb_load16(const uint8_t *p)
+{
+    uint16_t w;
+    memcpy(&w, p, 2);
+    return w;
+}
 
 static inline uint32_t walb_load32(const uint8_t *p)
 {
@@ -30,6 +51,17 @@ static inline uint32_t walb_load32(const uint8_t *p)
     memcpy(&w, p, 4);
     return w;
 }
+
+static inline uint64_t walb_load64(const uint8_t *p)
+{
+    uint64_t w;
+    memcpy(&w, p, 8);
+    return w;
+}
+
+static inline void walb_store16(uint8_t *p, uint16_t w) { memcpy(p, &w, 2); }
+static inline void walb_store32(uint8_t *p, uint32_t w) { memcpy(p, &w, 4); }
+static inline void walb_store64(uint8_t *p, uint64_t w) { memcpy(p, &w, 8); }
 
 /* Two's complement of salt plus the sum of little-endian words; 1..3 trailing bytes are zero-extended.
  * The loop vectorises at -O3. */

@@ -230,7 +230,7 @@ def test_misuse_is_refused() -> None:
         scan(b"", 100, 0, 0)
     with pytest.raises(ValueError, match="one PB"):
         check_header(b"x" * 511, 512, 0)
-    with pytest.raises(ValueError, match="whole log records"):
+    with pytest.raises(ValueError, match="whole structs"):
         bad_records(b"", 0, b"x" * 39)
     record = LOG_RECORD.pack(1, 0, 512, 1, 1, 0, 1)
     with pytest.raises(ValueError, match="outside"):

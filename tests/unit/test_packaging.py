@@ -65,7 +65,7 @@ def test_sdist_to_wheel_to_clean_environment(tmp_path: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"walbd"}
     compiled = {Path(name).name.split(".")[0] for name in names if name.endswith(".so")}
     assert compiled == {path.stem for path in (ROOT / "ext").glob("*.pyx")}
-    assert not [name for name in names if name.endswith((".pyx", ".c", ".h"))]
+    assert not [name for name in names if name.endswith((".pyx", ".pxd", ".c", ".h"))]
     assert "walbd/py.typed" in names
     assert {f"walbd/ext/{path.name}" for path in (ROOT / "ext").glob("*.pyi")} <= set(names)
 
