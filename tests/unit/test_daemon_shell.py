@@ -149,7 +149,7 @@ async def test_silent_server_is_a_timeout() -> None:
         await forever.wait()
 
     async with serving({GetJobs: silent}) as (env, _, address):
-        with pytest.raises(TimedOut):
+        with pytest.raises(TimedOut, match="did not say anything in time"):
             await call(env, ME, address, GetJobs(), timeout_s=0.01)
         forever.set()
 

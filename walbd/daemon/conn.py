@@ -75,7 +75,7 @@ class Connection:
     async def send(self, message: Message, *payload: Buf) -> None:
         """Send a message and its payload. Raises TimedOut or ConnectError."""
         self.sent = type(message)
-        await self._within(self._stream.send(encode(message), payload), "send")
+        await self._within(self._stream.send(encode(message), payload), "take what was sent")
 
     async def receive(self, *, timeout_s: float | None = None) -> Incoming:
         """Return the next message; fillers are skipped, each starting the deadline anew.
@@ -93,7 +93,7 @@ class Connection:
     async def receive_or_end(self, *, timeout_s: float | None = None) -> Incoming | None:
         """Like `receive`, but an orderly end is None and an ErrorReply is handed out."""
         while True:
-            frame = await self._within(self._stream.receive(), "receive", timeout_s)
+            frame = await self._within(self._stream.receive(), "say anything", timeout_s)
             if frame is None:
                 return None
             message = decode(frame.header)
