@@ -164,7 +164,7 @@ class _Receiving:
         taken = (await self._conn.expect(BackupEnd)).snapshot
         if not hash_backup_gid(latest) <= taken.gid_b < taken.gid_e <= _GID_MAX:
             raise RemoteProtocolError("a hash backup ends with another snapshot", snapshot=taken, latest=latest)
-        return hash_backup_diff(latest, taken, self._offer.started)
+        return self._volume.dated(hash_backup_diff(latest, taken, self._offer.started))
 
     async def _commit(self, diff: Diff) -> None:
         """Name the file, and let the new history begin: one step, whatever is cancelled meanwhile."""

@@ -125,7 +125,7 @@ async def _transfer(
     volume.enter(Command.WDIFF_TRANSFER)
     place = volume.place
     pools = place.env.pools
-    diff = trim(offer.diff, volume.latest.begin)
+    diff = volume.dated(trim(offer.diff, volume.latest.begin))
     sink = WdiffSink(volume, diff, offer.uuid, conn.peer.node)
     try:
         try:

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from walbd.archive.config import ArchiveConfig
+from walbd.archive.dating import Dating
 from walbd.archive.images.store import ImageStore
 from walbd.archive.record import Pending, VolumeRecord
 from walbd.archive.recover import Loaded
@@ -70,6 +71,7 @@ class Volume:
         self.error: WalbError | None = None  # why it is Broken
         self.progress_lb = 0  # of a copy that is being received
         self.received = 0  # when data came last [unix s]
+        self._dating = Dating()
         self.naming = asyncio.Lock()  # held while files of diffs are renamed or removed, with the collection
         self.replicating: set[str] = set()  # addresses of destinations to which a replication runs
         self.replications = 0  # that come: each may bring another log history
@@ -211,6 +213,10 @@ class Volume:
         self.record = record
         self._unsure = False
 
+    def dated(self, diff: Diff) -> Diff:
+        """Return a diff that is about to continue `latest`, with a time that retention can go by."""
+        return self._dating.dated(diff, self.base, self.diffs, self.place.env.clock.now())
+
     def add_diff(self, diff: Diff) -> None:
         """Take a diff whose file is durable; it continues `latest`."""
         before = self.latest.begin
@@ -256,6 +262,7 @@ class Volume:
         self.remarks = []
         self.damage = []
         self.latest = self.base
+        self._dating = Dating()
         self._points.clear()
 
     # --- giving up
