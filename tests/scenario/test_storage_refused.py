@@ -10,23 +10,43 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.kit.fake_device import FakeDevice
 from tests.kit.process import free_port
-from tests.kit.storage_rig import VOL, FakeArchive, FakeProxy, Rig
+from tests.kit.storage_rig import DEVICE, VOL, FakeArchive, FakeProxy, Rig
 from walbd.daemon.conn import Connection, Me
 from walbd.daemon.net import Address
 from walbd.daemon.record import RECORD_NAME
 from walbd.daemon.scheduler import ASK_AGAIN_S
 from walbd.daemon.server import Server
-from walbd.errors import Busy, ConnectError, Refused, RemoteError
+from walbd.errors import Busy, ConnectError, Refused, RemoteError, RemoteProtocolError
 from walbd.format.meta import LogPoint, Snapshot
 from walbd.fs import OsFileSystem
 from walbd.ids import NO_GID, Gid, Lsid
 from walbd.protocol.base import Kind
 from walbd.protocol.codec import Request
-from walbd.protocol.control import HashBackup, Kick, ResetVol, Resize, Role, Start, Stop, StopHow, TakeSnapshot
+from walbd.protocol.control import (
+    HashBackup,
+    Kick,
+    ResetVol,
+    Resize,
+    Role,
+    Start,
+    Stop,
+    StopHow,
+    StorageInitVol,
+    TakeSnapshot,
+)
 from walbd.protocol.maintenance import Retarget
 from walbd.protocol.sync import HashBackupOffer
-from walbd.protocol.transfer import BackupAccepted, BackupDone, FullBackupOffer, GatherLatest, WlogOffer
+from walbd.protocol.transfer import (
+    BackupAccepted,
+    BackupDone,
+    FullBackupOffer,
+    GatheredLatest,
+    GatherLatest,
+    LatestRow,
+    WlogOffer,
+)
 from walbd.storage import record as records
 from walbd.storage.proxies import Proxies
 from walbd.storage.transfer import _connect
@@ -185,6 +205,85 @@ async def test_an_archive_that_accepts_something_else(tmp_path: Path, accepted: 
         assert await rig.state() == "SyncReady"
         assert (on_disk(rig), rig.device.uuid) == (before, uuid)
         assert "reset_wal" not in rig.device.calls
+
+
+class Elsewhere(FakeArchive):
+    """Answers for another volume than it was asked for."""
+
+    async def _latest(self, _conn: Connection, request: GatherLatest) -> GatheredLatest:
+        return GatheredLatest(rows=[LatestRow(volume="other", gid=9, timestamp=5) for _ in request.volumes])
+
+
+async def test_an_archive_that_answers_for_other_volumes(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "s")
+    rig.archive = Elsewhere(rig.pieces)
+    async with rig.running():
+        await rig.target()
+        with pytest.raises(RemoteProtocolError, match="other volumes"):
+            await rig.server.lag.compare()
+        assert rig.server.lag.rows == []
+
+
+# Devices
+
+
+async def test_a_device_that_belongs_to_a_volume_whose_device_does_not_answer(tmp_path: Path) -> None:
+    """The record knows the log: a second path to the device is found out, another device is not refused."""
+    rig = Rig(tmp_path / "s")
+    async with rig.running():
+        await rig.target()
+        await rig.stop_volume()
+        rig.devices["/fake/alias"] = rig.devices.pop(DEVICE)
+        rig.devices["/fake/other"] = FakeDevice(seed=5)
+        answer = await refused(rig.call(StorageInitVol(volume="vol1", device="/fake/alias")))
+        assert answer.startswith("already-exists: the device belongs to another volume")
+        assert not (rig.base_dir / "vol1").exists()
+        await rig.init("vol2", "/fake/other")
+        rig.devices[DEVICE] = rig.devices.pop("/fake/alias")
+
+
+async def test_an_implicit_snapshot_is_taken_while_writes_go_on(tmp_path: Path) -> None:
+    """The log is never permanent up to its end: a snapshot is where it was when the snapshot was due."""
+    rig = Rig(tmp_path / "s")
+    async with rig.running():
+        await rig.target()
+        await rig.until_delivered()
+        device, volume = rig.device, rig.server.volumes[VOL]
+        device.permanent_at_once = False
+        device.scribble(1)
+        some = device.latest
+        device.scribble(1)
+        due, image = device.latest, bytes(device.data)
+        device.permanent = some
+        device.changed.set()
+        await rig.until(lambda: volume.candidate is not None and volume.candidate.lsid == due)
+        device.scribble(1)
+        device.permanent = device.latest
+        device.scribble(1)
+        device.changed.set()
+        await rig.until(lambda: volume.record.done.lsid == due)
+        assert device.latest > due
+        assert rig.archive.restore(rig.archive.latest()) == image
+        device.sync()
+        await rig.until_delivered()
+
+
+async def test_a_kick_looks_for_proxies(tmp_path: Path) -> None:
+    """Although it is long until the next look: what is back is used at once; what is not, is not waited for."""
+    rig = Rig(tmp_path / "s", options={"proxy_check_interval_s": 3600.0, "probe_interval_s": 3600.0})
+    async with rig.running():
+        await rig.target()
+        await rig.until_delivered()
+        proxies = rig.server.proxies
+        await rig.proxy.stop()
+        rig.device.scribble(1)
+        await rig.until(lambda: not proxies.available())
+        await rig.call(Kick(volume=VOL))
+        assert not proxies.available()
+        await rig.restart_proxy(rig.proxy)
+        await rig.call(Kick(volume=VOL))
+        assert proxies.available() == [rig.proxy.address]
+        await rig.until_delivered()
 
 
 # Logs

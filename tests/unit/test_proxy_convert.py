@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kit.fake_archive import clean, overlay
-from tests.kit.logs import build_log, image_of, packs
+from tests.kit.logs import Io, build_log, image_of, packs
 from walbd.errors import CorruptData, RemoteProtocolError, WalbError
 from walbd.format.compress import CompressOpt, Kind, compress
+from walbd.format.logpack import end_header
 from walbd.fs import OsFileSystem
 from walbd.protocol.transfer import Packing, WlogChunk, WlogEnd, WlogOffer
 from walbd.proxy.convert import WlogConverter
@@ -106,6 +107,33 @@ def test_random_chunks(tmp_path: Path, payload: bytes, size_b: int, packing: Pac
     chunk = WlogChunk(lsid=lsid, size_b=size_b, packing=packing)
     with pytest.raises(WalbError):
         convert(tmp_path, OFFER, [(chunk, payload)], WlogEnd(lsid=100, diff=clean(0, 1)))
+
+
+def test_what_is_wrong_with_a_log_is_said(tmp_path: Path) -> None:
+    log = [[Io("write", 0, 2, 1)], [Io("write", 4, 2, 2)]]
+    good = build_log(100, 512, SALT, log)
+
+    def refused(data: bytes, offer: WlogOffer = OFFER) -> WalbError:
+        with pytest.raises(WalbError) as caught:
+            convert(tmp_path, offer, [raw(data)], WlogEnd(lsid=100 + len(data) // 512, diff=clean(0, 1)))
+        return caught.value
+
+    flipped = bytearray(good)
+    flipped[512 * 4] ^= 1  # in the data of the second pack
+    for data, offset, says in (
+        (bytes(flipped), 512 * 4, "checksum"),
+        (good + end_header(512, SALT), len(good), "an end of log inside"),
+        (good[:-512], 512 * 3, "within a logpack"),
+    ):
+        error = refused(data)
+        assert isinstance(error, CorruptData)
+        assert says in error.message
+        assert error.facts["offset"] == offset
+    end = WlogEnd(lsid=106, diff=clean(0, 1))
+    assert convert(tmp_path, dataclasses.replace(OFFER, log_max_pb=6), [raw(good)], end)
+    error = refused(good, dataclasses.replace(OFFER, log_max_pb=5))
+    assert isinstance(error, RemoteProtocolError)
+    assert "more log comes" in error.message
 
 
 @pytest.mark.parametrize("lsid", [0, 2**64 - 2, 2**64 - 1])

@@ -403,6 +403,10 @@ def test_records_come_back_or_are_refused(
         {"queue": [{"lsid": 10, "gid": 3, "mergeable": False, "timestamp": 0}]},
         {"queue": [{"lsid": -1, "gid": 3, "mergeable": False, "timestamp": 0}]},
         {"queue": [{"lsid": 10, "gid": 9}]},
+        {"queue": [{"lsid": 9, "gid": 4, "mergeable": False, "timestamp": 0}]},
+        {"gid_past": 2**64 - 1},
+        {"gid_past": -1},
+        {"cut_lsid": 10},
         {"more": 1},
     ],
     ids=str,
@@ -425,6 +429,32 @@ def test_records_that_contradict_themselves(tmp_path: Path, change: dict[str, An
     path.unlink()
     with pytest.raises(NotFound):
         records.load(OsFileSystem(), tmp_path)
+
+
+def test_a_log_device_that_is_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    device.write(0, bytes(8 * LB))
+    read = FakeLogReader.read
+
+    async def cut_off(self: FakeLogReader, lsid: int, n_pb: int) -> memoryview:
+        return (await read(self, lsid, n_pb))[:-1]
+
+    monkeypatch.setattr(FakeLogReader, "read", cut_off)
+    with pytest.raises(CorruptData, match="ended inside the log") as caught:
+        read_runs(device, 0, device.latest, piece_b=1 << 20)
+    assert caught.value.facts["offset"] == 0
+
+
+def test_a_pack_that_fits_into_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    device.write(0, bytes(8 * LB))
+    for size_max_b, runs in ((9 * LB, 1), (9 * LB - 1, 0)):
+        monkeypatch.setattr("walbd.storage.logread.CHUNK_MAX_B", size_max_b)
+        if runs:
+            assert len(read_runs(device, 0, device.latest, piece_b=LB)) == runs
+        else:
+            with pytest.raises(Refused, match="too large"):
+                read_runs(device, 0, device.latest, piece_b=LB)
 
 
 # settings
