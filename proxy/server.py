@@ -18,7 +18,7 @@ from walbd.daemon.logs import error_fields
 from walbd.daemon.main import Shutdown, ShutdownMode, identity, tls_context
 from walbd.daemon.net import Address
 from walbd.daemon.reload import Read, Settings, follow_common, retry_policy
-from walbd.daemon.scheduler import Scheduler
+from walbd.daemon.scheduler import Lanes, Scheduler
 from walbd.daemon.server import Server
 from walbd.errors import WalbError
 from walbd.fs import File
@@ -62,7 +62,11 @@ class ProxyServer:
         self.prober = Prober(env, me, self._current, self._is_wanted, self._archive_is_back)
         self.sender = Sender(env, me, self._current, self.volumes, self.prober, n_max=files_per_send(config))
         self.scheduler: Scheduler[SendKey] = Scheduler(
-            self.sender.run, workers=config.sends_max, retry=retry_policy(config), name="wdiff-send"
+            self.sender.run,
+            workers=config.sends_max,
+            retry=retry_policy(config),
+            name="wdiff-send",
+            lanes=Lanes(of=lambda key: key.archive, all=self._archives),
         )
         self.sends = SendQueue(self.scheduler, self.prober)
         self.receiver = Receiver(env, self._current, self.find, self.sends.push)
@@ -154,6 +158,10 @@ class ProxyServer:
             log.error("volume.start_failed", volume=name, **error_fields(exc))
         else:
             self.sends.hurry(volume)
+
+    def _archives(self) -> set[str]:
+        """Return the archives to which anything may be sent."""
+        return {name for volume in self.volumes.values() for name in volume.hops}
 
     def _is_wanted(self, address: str) -> bool:
         """Say whether something waits for the archive at an address."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 import structlog
 
@@ -27,6 +28,8 @@ from walbd.storage.config import StorageConfig
 
 log = structlog.get_logger()
 
+AVOID_S: Final = 60.0
+
 
 @dataclass(slots=True, eq=False)
 class Proxy:
@@ -37,6 +40,7 @@ class Proxy:
     due: float = 0.0  # of the next check, on the loop's clock
     checks: int = 0  # how many have ended
     error: str = ""  # why it is not available
+    avoided_until: float = 0.0  # others are tried first until then, on the loop's clock
 
 
 class Proxies:
@@ -71,8 +75,22 @@ class Proxies:
             self._on_return()
 
     def available(self) -> list[Address]:
-        """Return where to try, best first."""
-        return [proxy.address for proxy in self._proxies if proxy.available]
+        """Return where to try, best first; what is avoided comes last."""
+        now = asyncio.get_running_loop().time()
+        there = [proxy for proxy in self._proxies if proxy.available]
+        return [proxy.address for proxy in sorted(there, key=lambda proxy: proxy.avoided_until > now)]
+
+    def has_better(self, address: Address) -> bool:
+        """Say whether another proxy is there that is not avoided: then none has to be waited for for ever."""
+        now = asyncio.get_running_loop().time()
+        return any(p.available and p.avoided_until <= now for p in self._proxies if p.address != address)
+
+    def avoid(self, address: Address) -> None:
+        """Prefer all others for a while: it answers, and does not come to an end."""
+        for proxy in self._proxies:
+            if proxy.address == address:
+                proxy.avoided_until = asyncio.get_running_loop().time() + AVOID_S
+                log.warning("proxy.avoided", proxy=str(address), for_s=AVOID_S)
 
     def suspect(self, address: Address) -> None:
         """Have a proxy checked now, since something went wrong with it. It counts as before until then."""

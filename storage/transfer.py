@@ -33,6 +33,7 @@ from walbd.storage.shared import Shared, hit
 log = structlog.get_logger()
 
 RUNS_AHEAD: Final = 2  # packed and waiting for the socket
+END_PATIENCE: Final = 2  # times `io_timeout_s`, for a proxy to make a stretch durable while others are there
 
 FP_BEFORE_END: Final = failpoints.register(
     "storage.transfer.before_end", "a transfer that the proxy throws away, as its end never came"
@@ -87,7 +88,7 @@ async def send_stretch(
             if lsid_end != transfer.end.lsid:
                 await before_partial(lsid_end)
             hit(FP_BEFORE_END, shared.directory(volume))
-            await conn.call(WlogEnd(lsid=lsid_end, diff=diff))
+            await _finish(proxies, conn, address, WlogEnd(lsid=lsid_end, diff=diff))
         except (ConnectError, TimedOut):
             proxies.suspect(address)
             raise
@@ -108,6 +109,23 @@ async def send_stretch(
         elapsed_s=round(loop.time() - began, 3),
     )
     return Sent(point_after(transfer, lsid_end), size_b, wire_b)
+
+
+async def _finish(proxies: Proxies, conn: Connection, address: Address, end: WlogEnd) -> None:
+    """Send the end, and return when the proxy has all of it durably.
+
+    A proxy whose disk hangs says for ever that it is at work. If another one is there, it is given up after some
+    time, and avoided for a while; the only one is waited for, as to begin anew would not help.
+    """
+    limit_s = END_PATIENCE * conn.io_timeout_s if proxies.has_better(address) else None
+    try:
+        async with asyncio.timeout(limit_s):
+            await conn.call(end)
+    except TimeoutError as exc:
+        proxies.avoid(address)
+        raise TimedOut(
+            "the proxy does not come to an end with the log", proxy=str(address), timeout_s=limit_s
+        ) from exc
 
 
 async def _connect(

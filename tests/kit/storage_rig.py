@@ -20,7 +20,7 @@ import xxhash
 
 from tests.kit.fake_device import FakeDevice, FakeHandle
 from tests.kit.process import free_port, release_ports
-from walbd.daemon.conn import Connection, Me, call
+from walbd.daemon.conn import Connection, Me, call, with_filler
 from walbd.daemon.env import Env, Pools, ThreadPools
 from walbd.daemon.main import Shutdown, ShutdownMode, supervise
 from walbd.daemon.net import Address, Network, OsNetwork
@@ -171,6 +171,7 @@ class FakeProxy(FakePeer):
         self.abort_after_chunks: int | None = None  # break the connection in the middle, once
         self.lose_acks = 0  # take so many pieces and break the connection instead of acknowledging
         self.hold: asyncio.Event | None = None  # wait for it before acknowledging
+        self.says_it_works = False  # while it waits for that, it sends fillers
         self.offers = 0
         self.host_type_calls = 0
         self.chunks = 0
@@ -205,7 +206,7 @@ class FakeProxy(FakePeer):
         assert message.lsid == lsid
         assert lsid - offer.lsid <= offer.log_max_pb
         if self.hold is not None:
-            await self.hold.wait()
+            await (with_filler(conn, self.hold.wait()) if self.says_it_works else self.hold.wait())
         self.pieces.append(Piece(offer, lsid, message.diff, ops, self.name))
         if self.lose_acks:
             self.lose_acks -= 1

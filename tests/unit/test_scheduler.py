@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from tests.kit.virtual import run as run_virtual
-from walbd.daemon.scheduler import Again, RetryPolicy, Scheduler
+from walbd.daemon.scheduler import Again, Lanes, RetryPolicy, Scheduler
 from walbd.errors import Refused
 
 RETRY = RetryPolicy(delay_min_s=1, delay_max_s=8)
@@ -236,3 +236,48 @@ def test_remove_and_drain() -> None:
         assert [key for key, _ in work.runs] == ["b"]
 
     run_virtual(main())
+
+
+def test_a_lane_that_hangs_leaves_a_worker_to_each_other_lane() -> None:
+    async def scenario() -> None:
+        hang, began = asyncio.Event(), list[str]()
+
+        async def work(key: str) -> None:
+            began.append(key)
+            if key.startswith("a"):
+                await hang.wait()
+
+        lanes: Lanes[str] = Lanes(of=lambda key: key[0], all=lambda: {"a", "b", "c"})
+        scheduler = Scheduler[str](work, workers=4, retry=RETRY, name="t", lanes=lanes)
+        async with running(scheduler):
+            for key in ("a1", "a2", "a3", "a4"):
+                scheduler.push(key)
+            await asyncio.sleep(1)
+            assert began == ["a1", "a2"]
+            assert len(scheduler.waiting()) == 2
+            for key in ("b1", "b2", "c1", "c2"):
+                scheduler.push(key, 1)
+            await asyncio.sleep(2)
+            assert began[2:] == ["b1", "c1", "b2", "c2"]
+            hang.set()
+            await asyncio.sleep(1)
+            assert began[6:] == ["a3", "a4"]
+            assert scheduler.waiting() == []
+
+    run_virtual(scenario())
+
+
+def test_more_lanes_than_workers() -> None:
+    """Nobody waits for a worker that is kept for somebody else, when there are not enough of them anyway."""
+
+    async def scenario() -> None:
+        work = Recorder()
+        lanes: Lanes[str] = Lanes(of=lambda key: key[0], all=lambda: {"a", "b", "c"})
+        scheduler = Scheduler[str](work, workers=1, retry=RETRY, name="t", lanes=lanes)
+        async with running(scheduler):
+            for key in ("a1", "a2", "b1", "c1"):
+                scheduler.push(key)
+            await asyncio.sleep(1)
+            assert [key for key, _ in work.runs] == ["a1", "a2", "b1", "c1"]
+
+    run_virtual(scenario())

@@ -10,7 +10,7 @@ Source: docs/architecture.md, "Scheduling".
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -63,20 +63,36 @@ class _Entry:
     hurried: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Lanes(Generic[K]):
+    """Whom the work is for. One that hangs cannot take the last workers from the others."""
+
+    of: Callable[[K], str]
+    all: Callable[[], Collection[str]]  # who may come at any time
+
+
 class Scheduler(Generic[K]):
     """Run `work(key)` for pushed keys.
 
     `work` returns None when there is nothing more to do (a later push brings the key back) or Again. Errors
-    are logged and retried. Cancelling `run` cancels the running work.
+    are logged and retried. Cancelling `run` cancels the running work. With `lanes` a worker is kept free for each
+    lane for which none works, as far as there are enough of them.
     """
 
     def __init__(
-        self, work: Callable[[K], Awaitable[Again | None]], *, workers: int, retry: RetryPolicy, name: str
+        self,
+        work: Callable[[K], Awaitable[Again | None]],
+        *,
+        workers: int,
+        retry: RetryPolicy,
+        name: str,
+        lanes: Lanes[K] | None = None,
     ) -> None:
         self._work = work
         self._workers = workers
         self._retry = retry
         self._name = name
+        self._lanes = lanes
         self._waiting: dict[K, _Entry] = {}
         self._running: set[K] = set()
         self._failures: dict[K, int] = {}
@@ -145,9 +161,10 @@ class Scheduler(Generic[K]):
         """Run due keys until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                key = self._next()
+                now = self._now()
+                key = self._next(now)
                 if key is None:
-                    await self._sleep()
+                    await self._sleep(now)
                     continue
                 del self._waiting[key]
                 self._running.add(key)
@@ -156,18 +173,22 @@ class Scheduler(Generic[K]):
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def _next(self) -> K | None:
-        """Return the earliest key that is due and does not run now, when a worker is free."""
+    def _next(self, now: float) -> K | None:
+        """Return the earliest key that is due and does not run now, when a worker is free for it."""
         if len(self._running) >= self._workers:
             return None
-        now = self._now()
         due = [(e.due, i, key) for i, (key, e) in enumerate(self._waiting.items()) if e.due <= now]
         ready = [item for item in due if item[2] not in self._running]
+        if self._lanes is not None and ready:
+            busy = {self._lanes.of(key) for key in self._running}
+            kept = sum(lane not in busy for lane in self._lanes.all())
+            if self._workers - len(self._running) <= kept:
+                ready = [item for item in ready if self._lanes.of(item[2]) not in busy]
         return min(ready, key=lambda item: item[:2])[2] if ready else None
 
-    async def _sleep(self) -> None:
-        """Sleep until something changes or the next key becomes due."""
-        due = [entry.due for key, entry in self._waiting.items() if key not in self._running]
+    async def _sleep(self, now: float) -> None:
+        """Sleep until something changes or the next key becomes due; what is due already waits for a worker."""
+        due = [entry.due for key, entry in self._waiting.items() if key not in self._running and entry.due > now]
         if len(self._running) >= self._workers or not due:
             await self._changed.next()
             return
