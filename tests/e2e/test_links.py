@@ -55,9 +55,11 @@ def impatient(group: Group, *names: str) -> Iterator[None]:
     """Let daemons give a silent link up soon. Otherwise a busy machine must not look like one."""
     for name in names:
         group.processes[name].restart(more_args=["--io-timeout-s", "2"])
-    yield
-    for name in names:
-        group.processes[name].restart()
+    try:
+        yield
+    finally:
+        for name in names:
+            group.processes[name].restart()
 
 
 class Sent:
