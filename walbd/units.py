@@ -44,6 +44,16 @@ def format_size(size_b: int) -> str:
     raise AssertionError("unreachable")
 
 
+def format_duration(seconds: float) -> str:
+    """Write a length of time for people: `7 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def size_lb(size_b: int) -> int:
     """Convert bytes to logical blocks; raises UsageError when they are not a whole number of blocks."""
     if size_b % LB:

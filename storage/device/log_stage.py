@@ -174,10 +174,6 @@ class LogStage:
         """True when no log write is running and, unless held, none is waiting."""
         return self._writing is None and (self._held or not self._queue)
 
-    @property
-    def is_held(self) -> bool:
-        return self._held
-
     def reset(self) -> None:
         """Start over with the core's superblock; nothing may be in flight."""
         assert self._writing is None

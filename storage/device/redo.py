@@ -102,7 +102,7 @@ def redo(
     ldev.sync()
     ring = Ring(ldev, superblock)
     begin = superblock.written_lsid
-    counted = _Counted()
+    applier = _Applier(ring, ddev, zero_discards=zero_discards)
     scan = partial(ring.scan, chunk_b=chunk_b, whole_pack_max_b=whole_pack_max_b)
     scanner = scan(begin)
     for batch in scanner:
@@ -112,10 +112,8 @@ def redo(
                 # It is torn: nothing of it may be applied before it is cut.
                 scanner = scan(batch.lsid, collect=False).run()
                 break
-        _check(ring, batch, ddev_lb, str(ddev.path))
         failpoints.hit(FP_BEFORE_BATCH)
-        counted.add(batch)
-        apply_records(ddev, batch.data, batch.records, zero_discards=zero_discards)
+        applier.apply(batch)
     refuse_contradictions(ring, scanner, begin)
     end = log_end(scanner)
     if scanner.stop is Stop.BAD_DATA:
@@ -129,9 +127,7 @@ def redo(
     forgotten = forget_future(ldev, superblock, end.lsid, max_b=forget_max_b)
     if end.torn:
         for batch in scan(end.torn.lsid, lsid_end=end.lsid):
-            _check(ring, batch, ddev_lb, str(ddev.path))
-            counted.add(batch)
-            apply_records(ddev, batch.data, batch.records, zero_discards=zero_discards)
+            applier.apply(batch)
     failpoints.hit(FP_BEFORE_DATA_SYNC)
     ddev.sync()
     after = replace(superblock, written_lsid=end.lsid)
@@ -140,22 +136,44 @@ def redo(
         superblock=after,
         begin_lsid=begin,
         end=end,
-        n_packs=counted.n_packs,
-        n_records=counted.n_records,
+        n_packs=applier.n_packs,
+        n_records=applier.n_records,
         forgotten=forgotten,
     )
 
 
-@dataclass(slots=True)
-class _Counted:
-    """What was applied so far."""
+class _Applier:
+    """Applies log to the data device, and counts it."""
 
-    n_packs: int = 0
-    n_records: int = 0
+    def __init__(self, ring: Ring, ddev: File, *, zero_discards: bool) -> None:
+        self.n_packs = 0
+        self.n_records = 0
+        self._ring = ring
+        self._ddev = ddev
+        self._ddev_lb = ddev.size() // LB
+        self._zero_discards = zero_discards
 
-    def add(self, batch: Batch) -> None:
+    def apply(self, batch: Batch) -> None:
+        """Apply a batch; one with records that no device can have logged is refused whole (CorruptData)."""
+        self._check(batch)
+        apply_records(self._ddev, batch.data, batch.records, zero_discards=self._zero_discards)
         self.n_packs += batch.n_packs
         self.n_records += len(batch.records) // LOG_RECORD_B
+
+    def _check(self, batch: Batch) -> None:
+        """Raise CorruptData for a record outside the data device, and for a padding in mid-lap."""
+        sb, path = self._ring.superblock, str(self._ring.file.path)
+        check_inside(batch.records, self._ddev_lb, source=path, offset_b=sb.offset_b, what=str(self._ddev.path))
+        odd = first_odd_padding(batch.records, sb.pbs, sb.ring_size_pb)
+        if odd >= 0:
+            lsid, _, _, _, _, _, local = LOG_RECORD.unpack_from(batch.records, odd * LOG_RECORD_B)
+            raise CorruptData(
+                "a padding record does not end at the end of the ring",
+                hint="report this; to go on without the rest of the log, reset it and resynchronise the volume",
+                path=path,
+                offset=sb.offset_b(lsid - local),
+                lsid=lsid,
+            )
 
 
 def forget_future(
@@ -178,22 +196,6 @@ def forget_future(
     if forgotten:
         ldev.sync()
     return forgotten
-
-
-def _check(ring: Ring, batch: Batch, ddev_lb: int, ddev_path: str) -> None:
-    """Refuse records that no device can have logged: outside the data device, or padding in mid-lap."""
-    sb, path = ring.superblock, str(ring.file.path)
-    check_inside(batch.records, ddev_lb, source=path, offset_b=sb.offset_b, what=ddev_path)
-    odd = first_odd_padding(batch.records, sb.pbs, sb.ring_size_pb)
-    if odd >= 0:
-        lsid, _, _, _, _, _, local = LOG_RECORD.unpack_from(batch.records, odd * LOG_RECORD_B)
-        raise CorruptData(
-            "a padding record does not end at the end of the ring",
-            hint="report this; to go on without the rest of the log, reset it and resynchronise the volume",
-            path=path,
-            offset=sb.offset_b(lsid - local),
-            lsid=lsid,
-        )
 
 
 def _write_pb(ldev: File, superblock: Superblock, lsid: int, block: bytes) -> None:

@@ -59,7 +59,6 @@ class Rig:
         self.group = group
         self.volume = group.add_volume("vol0", size_b=2 << 20, log_b=8 << 20)
         self.points: dict[int, bytes] = {}
-        self.lives = 0
         self.volume.scribble()
         self.full_backup()
 
@@ -187,7 +186,6 @@ class Rig:
         group.ctl.ask(a0, Resize(volume="vol1", size_b=2 << 20))
         for server in (s0, p0, a0):
             group.ctl.clear(server, "vol1")
-        self.lives += 1
 
     # What must hold
 

@@ -167,13 +167,6 @@ class Group:
         """Return all links of a daemon that are in use."""
         return [link for ends, link in self.links.items() if name in ends]
 
-    def isolate(self, name: str) -> None:
-        """Cut a daemon off from all other daemons."""
-        for server in self.servers:
-            self.route(server.name)
-        for link in self.links_of(name):
-            link.cut()
-
     def heal(self) -> None:
         """Heal all links."""
         for link in self.links.values():

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from tests.reference.logpack import Found, scan
 from walbd.ext.checksum import checksum
 from walbd.format.logpack import (
     FLAG_DISCARD,
@@ -187,8 +186,3 @@ def packs(
 
     pack = st.lists(ios(device_size_lb, paddings=paddings), min_size=1, max_size=max_records).map(one_padding)
     return st.lists(pack, max_size=max_packs)
-
-
-def found_records(log: bytes, pbs: int, salt: int, lsid: int) -> list[Found]:
-    """Return the records of a good log by the reference."""
-    return scan(log, pbs, salt, lsid)[1]

@@ -255,7 +255,7 @@ class FakeArchive(FakePeer):
         self.hold: asyncio.Event | None = None  # wait for it before taking chunks
         self.abort_at_chunk: int | None = None
         self.fail_at_end: Refused | None = None
-        self.zero_chunks = self.data_chunks = 0
+        self.zero_chunks = 0
         self.offers: list[FullBackupOffer] = []
 
     async def serve(self, env: Env, tasks: asyncio.TaskGroup) -> None:
@@ -306,7 +306,6 @@ class FakeArchive(FakePeer):
         if not payload:
             self.zero_chunks += 1
             return bytes(chunk.size_b)
-        self.data_chunks += 1
         data = bytes(payload)
         if chunk.packing is Packing.LZ4:
             data = lz4.block.decompress(data, uncompressed_size=chunk.size_b)
@@ -505,10 +504,6 @@ class Rig:
     async def restart_proxy(self, proxy: FakeProxy) -> None:
         assert self._peers is not None
         await proxy.serve(self.peer_env, self._peers)
-
-    async def restart_archive(self) -> None:
-        assert self._peers is not None
-        await self.archive.serve(self.peer_env, self._peers)
 
     # what an operator does
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,11 +113,6 @@ def wdiffs(device_lb: int, max_ios: int = 12) -> st.SearchStrategy[Wdiff]:
         return Wdiff(found, make_indexed(found, opt) if indexed else make_sorted(found, opt, record_max_lb))
 
     return st.tuples(ios, st.booleans(), kinds(), st.sampled_from([0, 4, 2048])).map(make)
-
-
-def merged_ios(wdiffs: Sequence[Wdiff]) -> list[list[Io]]:
-    """Return the IOs of wdiffs, oldest first, for `tests.kit.logs.image_of`."""
-    return [wdiff.ios for wdiff in wdiffs]
 
 
 def extents(address_max_lb: int = 120, *, sources: int = 1) -> st.SearchStrategy[Extent]:

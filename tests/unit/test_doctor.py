@@ -66,7 +66,7 @@ def test_all_proxies_are_down_and_how_long_that_may_last() -> None:
     again = scene.part("s0", log_usage_pb=110).observe(first, taken_s=10.0)
     found = {f.code: f for f in diagnose(again)}
     assert "all-proxies-down" in found
-    assert "overflows: 89 s" in found["all-proxies-down"].text  # 890 blocks left, 10 more each second
+    assert "overflows: 1 min 29 s" in found["all-proxies-down"].text  # 890 blocks left, 10 more each second
 
 
 def test_an_archive_that_is_down_with_diffs_that_wait() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final, TextIO
 
 from walbd.controller.progress import Progress
-from walbd.units import format_size
+from walbd.units import format_duration, format_size
 
 LINE_EVERY_S: Final = 2.0
 _WINDOW_S: Final = 10.0  # over which a rate is taken
@@ -68,22 +68,12 @@ def amounts(progress: Progress, meter: Meter) -> str:
     if meter.rate > 0:
         parts.append(f"{_amount(meter.rate, progress.unit)}/s")
     if (left_s := meter.left_s(progress)) is not None:
-        parts.append(f"{duration(left_s)} left")
+        parts.append(f"{format_duration(left_s)} left")
     if not parts:
-        parts.append(f"{duration(progress.elapsed_s)} so far")
+        parts.append(f"{format_duration(progress.elapsed_s)} so far")
     if progress.note:
         parts.append(progress.note)
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people: `7 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _amount(value: float, unit: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -255,8 +254,3 @@ def dict2args(d: Mapping[str, object]) -> list[str]:
         elif value is not None:
             args.append(str(value))
     return args
-
-
-def to_connection_param(s: Server) -> ServerConnectionParam:
-    """Return the part that says where the server is."""
-    return s.connParam if isinstance(s, ServerStartupParam) else dataclasses.replace(s)

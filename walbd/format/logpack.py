@@ -28,8 +28,6 @@ SECTOR_TYPE_LOGPACK: Final = 3
 HEADER_SIZE_B: Final = 24
 RECORD_SIZE_B: Final = 32  # of a record in a header
 TOTAL_IO_SIZE_MAX_PB: Final = 65535
-IO_SIZE_MAX_LB: Final = 65535  # of normal and padding records
-DISCARD_SIZE_MAX_LB: Final = (1 << 32) - 1
 
 FLAG_EXIST: Final = 1  # set in every record
 FLAG_PADDING: Final = 2

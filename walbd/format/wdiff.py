@@ -28,7 +28,6 @@ VERSION: Final = 2
 HEADER_B: Final = 32
 PACK_B: Final = 4096
 PACK_RECORDS_MAX: Final = 127
-PACK_DATA_MAX_B: Final = 32 << 20  # a single record may exceed it in a pack of its own
 RECORD_B: Final = 32
 INDEX_RECORD_B: Final = 48
 INDEX_SUPER_B: Final = 24

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from walbd.cli.walbc_progress import Meter, ProgressView, amounts, duration, progress_view, title
+from walbd.cli.walbc_progress import Meter, ProgressView, amounts, progress_view, title
 from walbd.controller import Progress
+from walbd.units import format_duration
 
 
 def at(done: int = 0, **more: Any) -> Progress:
@@ -69,7 +70,7 @@ def test_amounts_without_an_end() -> None:
     ("seconds", "text"), [(0, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_lines_at_most_every_two_seconds() -> None:

@@ -16,7 +16,7 @@ from walbd.controller.servers import Server, server_kind_to_str
 from walbd.daemon.net import TLS_HINT
 from walbd.errors import ConnectError, TimedOut, WalbError
 from walbd.protocol.control import StatusReply, VolumeStatus
-from walbd.units import format_size
+from walbd.units import format_duration, format_size
 
 SKEW_MAX_S: Final = 30
 DISK_SOON_S: Final = 86400
@@ -51,11 +51,7 @@ def time_left_s(o: Observation, storage: str, v: VolumeStatus) -> int | None:
 
 def format_left(seconds: int | None) -> str:
     """Write a time that is left."""
-    if seconds is None:
-        return "not known"
-    return (
-        f"{seconds} s" if seconds < 600 else f"{seconds // 60} min" if seconds < 36000 else f"{seconds // 3600} h"
-    )
+    return "not known" if seconds is None else format_duration(seconds)
 
 
 # Servers that do not answer
