@@ -42,14 +42,35 @@ async def test_what_comes_again_under_another_name_replaces_what_waits(tmp_path:
         assert rig.files() == [f"received/{names[1]}", "volume.json"]
 
 
-async def test_nothing_is_remembered_once_the_last_archive_is_gone(tmp_path: Path) -> None:
+async def test_what_comes_again_under_the_same_name_takes_its_place(tmp_path: Path) -> None:
     async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        await rig.crash()
+        disk = rig.env.fs = NoLinks()
+        await rig.up()
+        await rig.begin(a0)
+        storage = StorageSide(rig)
+        disk.full = True
+        for seed in (1, 2):
+            with pytest.raises(RemoteError):
+                await storage.send([write(0, seed=seed)])
+        (name,) = rig.files("received")
+        assert not name.endswith(QUARANTINED)
+        disk.full = False
+        await rig.emptied()
+        assert a0.image == image_of(bytes(a0.size_b), [write(0, seed=2)])
+        assert rig.files() == ["volume.json"]
+
+
+async def test_nothing_is_remembered_once_the_last_archive_is_gone(tmp_path: Path) -> None:
+    async with FakeArchive() as a0, FakeArchive("a1") as a1, proxy(tmp_path) as rig:
         await rig.begin(a0)
         await StorageSide(rig).send([write(0)])
         await rig.drained()
         await rig.stop_volume()
         await rig.call(DeleteArchiveInfo(volume=VOL, archive="a0"))
         assert (await rig.call(GetVolumes())).names == []
-        await rig.begin(a0)
+        await rig.begin(a1)
         status = await rig.status()
-        assert (status.size_lb, [hop.dest for hop in status.hops]) == (0, ["a0"])
+        assert (status.size_lb, [hop.dest for hop in status.hops]) == (0, ["a1"])
+        await rig.restart()
+        assert [hop.dest for hop in (await rig.status()).hops] == ["a1"]
