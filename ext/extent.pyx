@@ -207,7 +207,8 @@ cdef class Merger:
                 raise MemoryError
             input.buf = grown
             input.room = n
-        memcpy(input.buf, e, n * sizeof(walb_extent))
+        if n:
+            memcpy(input.buf, e, n * sizeof(walb_extent))
         input.n = n
         input.pos = 0
         input.end_lb = end_lb

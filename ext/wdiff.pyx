@@ -8,7 +8,7 @@ Rules: docs/formats.md, "wdiff". Twin: tests/reference/wdiff.py.
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memmove, memset
 
 
 cdef extern from "wdiff.h" nogil:
@@ -348,7 +348,7 @@ def copy_all(const uint8_t[::1] copies not None, const uint8_t[::1] stored not N
             if c[i].area == 3:
                 memset(a1 + c[i].to, 0, c[i].size_b)
             else:
-                memcpy(a1 + c[i].to, (<const uint8_t*>a1 if c[i].area == 1 else a0) + c[i].source, c[i].size_b)
+                memmove(a1 + c[i].to, (<const uint8_t*>a1 if c[i].area == 1 else a0) + c[i].source, c[i].size_b)
 
 
 def plan_pack(const uint8_t[::1] extents not None, const uint8_t[::1] refs not None, uint8_t[::1] images not None,
@@ -393,7 +393,7 @@ def plan_pack(const uint8_t[::1] extents not None, const uint8_t[::1] refs not N
 cdef int _check_items(const wdiff_item* t, size_t n, const uint64_t* sizes) except -1:
     cdef size_t i
     for i in range(n):
-        if t[i].flags:
+        if t[i].flags and not t[i].todo:
             continue
         if t[i].area > 2 or t[i].at > sizes[t[i].area] or t[i].size_b > sizes[t[i].area] - t[i].at:
             raise ValueError("an item lies outside its area")

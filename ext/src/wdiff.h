@@ -189,10 +189,15 @@ static inline size_t wdiff_build_index(const walb_extent *e, size_t n, uint32_t 
     size_t k = 0;
     while (*at < n && k < room) {
         walb_extent piece = e[*at];
-        uint8_t *r = out + WDIFF_INDEX_RECORD_B * k++;
-        uint32_t left = piece.blocks_lb - *done_lb;
+        uint8_t *r = out + WDIFF_INDEX_RECORD_B * k;
+        uint32_t left = piece.blocks_lb - *done_lb, step;
         uint64_t address_lb = piece.address_lb + *done_lb;
-        uint32_t step = extent_aligned_step(address_lb, left, limit_lb);
+        if (left == 0) { /* an empty extent gives no record */
+            ++*at;
+            continue;
+        }
+        step = extent_aligned_step(address_lb, left, limit_lb);
+        k++;
         memset(r, 0, WDIFF_INDEX_RECORD_B);
         store64(r, address_lb);
         store32(r + 8, step);

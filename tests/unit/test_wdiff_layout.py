@@ -257,6 +257,10 @@ def test_bad_calls_are_refused() -> None:
         ext.copy_all(struct.pack("<4Q", 0, 1, 0, 1024), bytes(1024), bytearray(1024))
     with pytest.raises(ValueError, match="outside its area"):
         ext.settle(items, b"", 5, bytes(1023), b"", b"")
+    flagged = bytearray(items)
+    flagged[28] = 2  # a range of nothing has no data, and yet is to be compressed
+    with pytest.raises(ValueError, match="outside its area"):
+        ext.settle(flagged, b"", 5, bytes(1023), b"", b"")
     with pytest.raises(ValueError, match="one result"):
         ext.settle(items, bytes(32), 5, bytes(1024), b"", b"")
     with pytest.raises(ValueError, match="outside area 2"):
@@ -281,3 +285,9 @@ def test_arrays_of_structs_must_be_whole(data: bytes) -> None:
     for call in (lambda: ext.plan_images(data, 0), lambda: ext.plan_runs(data, False, 1)):
         with pytest.raises(ValueError, match="whole structs"):
             call()
+
+
+def test_an_empty_extent_has_no_index_record() -> None:
+    extents = one()
+    whole = ext.build_index(extents, 1 << 31, 0, 0, 9)
+    assert ext.build_index(one(blocks_lb=0) + extents, 1 << 31, 0, 0, 9) == (whole[0], 2, 0)
