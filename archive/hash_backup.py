@@ -22,15 +22,13 @@ import structlog
 from walbd.archive.backup_offer import check_backup
 from walbd.archive.gaps import HASH_BACKUP, gaps_after
 from walbd.archive.pending import commit_pending
-from walbd.archive.receive import WdiffSink, grow
+from walbd.archive.receive import WdiffSink, grow, take_differences
 from walbd.archive.slots import Slots
 from walbd.archive.states import SCAN, Command
 from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Volume, check_room
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
-from walbd.daemon.hash_sync import receive_differences
-from walbd.daemon.pipeline import SyncTimer
 from walbd.daemon.tasks import uninterrupted
 from walbd.errors import Refused, RemoteProtocolError
 from walbd.format.meta import Diff, Snapshot, hash_backup_diff, hash_backup_gid
@@ -129,7 +127,7 @@ class _Receiving:
 
     async def _compare(self, image: VirtualImage) -> None:
         """Let the storage reset its log, and take what differs."""
-        volume, conn, config = self._volume, self._conn, self._volume.place.config
+        volume, conn = self._volume, self._conn
         with disk_errors(volume.directory, "compare"):
             failpoints.hit(FP_AFTER_ACCEPT)
         uuid = (await conn.expect(LogReset)).uuid
@@ -138,24 +136,13 @@ class _Receiving:
         self.sink.uuid = uuid
         await conn.send(Ok())
 
-        def tick(done_b: int) -> None:
-            volume.progress_lb = done_b // LB
-
         def read(offset_b: int, size_b: int) -> bytes:
             with disk_errors(volume.directory, "compare"):
                 failpoints.hit(FP_MID_SCAN)
             return image.read(offset_b, size_b)
 
-        await receive_differences(
-            conn,
-            volume.place.env.pools,
-            read,
-            self.sink,
-            size_b=image.size_b,
-            bulk_b=self._offer.bulk_b,
-            seed=self._offer.seed,
-            timer=SyncTimer(config.fsync_interval_b, config.fsync_interval_s),
-            tick=tick,
+        await take_differences(
+            volume, conn, read, self.sink, size_b=image.size_b, bulk_b=self._offer.bulk_b, seed=self._offer.seed
         )
         await conn.send(Ok())
 

@@ -17,7 +17,7 @@ from walbd.archive.images.store import PreparedImage
 from walbd.archive.volume import Volume, check_room
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
-from walbd.daemon.pipeline import Pipeline, SyncTimer
+from walbd.daemon.pipeline import Pipeline
 from walbd.errors import CorruptData, Refused, RemoteProtocolError
 from walbd.format.compress import Kind as Compression
 from walbd.format.compress import decompress
@@ -84,8 +84,8 @@ class ImageReceiver:
 
     async def receive(self) -> None:
         """Take all chunks, in order, up to the end of the stream; the image is durable on return."""
-        pools, config = self._volume.place.env.pools, self._volume.place.config
-        timer = SyncTimer(config.fsync_interval_b, config.fsync_interval_s)
+        pools = self._volume.place.env.pools
+        timer = self._volume.sync_timer()
         at = self._begin_b
         async with Pipeline(WINDOW_B) as pipeline:
             while True:

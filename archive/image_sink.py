@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from walbd.errors import CorruptData
 from walbd.format.extents import Check, no_check
-from walbd.format.wdiff import END_PACK, HEADER_B, PACK_B, WdiffHeader, WdiffType, parse_header
+from walbd.format.wdiff import END_PACK, HEADER_B, WdiffHeader, WdiffType
 from walbd.format.wdiff_read import open_wdiff
-from walbd.format.wdiff_stream import PackVerifier
+from walbd.format.wdiff_stream import PackVerifier, check_stream_header
 from walbd.fs import File, failpoints
 from walbd.fs.disk import disk_errors
 from walbd.fs.wdiff_apply import apply
@@ -50,21 +49,9 @@ class ImageSink:
     def feed(self, piece: memoryview) -> None:
         """Verify whole packs, the first of them behind the file header, and write them. Raises CorruptData."""
         if self.written_b == 0:
-            header = parse_header(piece[:HEADER_B], self._source)
-            if header.type is not WdiffType.SORTED:
-                raise CorruptData(
-                    "only sorted wdiffs can be sent",
-                    hint="the sender made the stream wrongly",
-                    source=self._source,
-                    offset=0,
-                )
+            check_stream_header(piece, self._source)
             piece = piece[HEADER_B:]
-        at = 0
-        while at < len(piece):
-            data_b = int.from_bytes(piece[at + 8 : at + 12], "little")  # the verifier checks it
-            pack = piece[at : at + PACK_B + data_b]
-            self._verifier.feed(pack)
-            at += len(pack)
+        self._verifier.feed_all(piece)
         end = b"" if self._verifier.ended else END_PACK
         wdiff = open_wdiff(_Bytes(b"".join((_HEADER, piece, end)), self._source))
         apply([wdiff], self._file, size_lb=self._size_lb, check=self._check)

@@ -9,6 +9,7 @@ harmless: the same diff offered again is too old.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -21,15 +22,16 @@ from walbd.archive.states import FULL_SYNC, HASH_SYNC, START, WDIFF_RECV, Comman
 from walbd.archive.volume import Place, Volume, check_room
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
-from walbd.daemon.pipeline import Pipeline, SyncTimer
+from walbd.daemon.hash_sync import DiffSink, receive_differences
+from walbd.daemon.pipeline import Pipeline
 from walbd.daemon.tasks import uninterrupted
-from walbd.errors import AlreadyExists, CorruptData, Refused
+from walbd.errors import AlreadyExists, Refused
 from walbd.format.meta import Diff, Relation, diff_name, relation, trim
-from walbd.format.wdiff import HEADER_B, PACK_B, WdiffHeader, WdiffType, parse_header
+from walbd.format.wdiff import HEADER_B, WdiffHeader, WdiffType
 from walbd.format.wdiff_merge import verify
 from walbd.format.wdiff_read import open_wdiff
-from walbd.format.wdiff_stream import PackVerifier
-from walbd.fs import TempFile, failpoints
+from walbd.format.wdiff_stream import PackVerifier, check_stream_header
+from walbd.fs import Buf, TempFile, failpoints
 from walbd.fs.disk import disk_errors
 from walbd.ids import NIL_UUID
 from walbd.protocol.base import End, Kind, Ok
@@ -154,8 +156,8 @@ async def take_stream(volume: Volume, conn: Connection, sink: WdiffSink) -> None
 
     On return the file is complete, decoded once, and durable, without a name.
     """
-    pools, config = volume.place.env.pools, volume.place.config
-    timer = SyncTimer(config.fsync_interval_b, config.fsync_interval_s)
+    pools = volume.place.env.pools
+    timer = volume.sync_timer()
     async with Pipeline(0) as pipeline:
         while True:
             message, payload = await conn.receive()
@@ -168,6 +170,37 @@ async def take_stream(volume: Volume, conn: Connection, sink: WdiffSink) -> None
                 await pipeline.push(pools.run(Pool.RECEIVE, sink.sync), 0)
         await pipeline.drain()
     await with_filler(conn, pools.run(Pool.MAINTAIN, sink.finish))  # long: reception has few threads
+
+
+async def take_differences(
+    volume: Volume,
+    conn: Connection,
+    read: Callable[[int, int], Buf],
+    sink: DiffSink,
+    *,
+    size_b: int,
+    bulk_b: int,
+    seed: int,
+) -> None:
+    """Let the sender compare its image with what `read` gives, and take what differs.
+
+    The volume shows how far it is. The caller sends the Ok.
+    """
+
+    def tick(done_b: int) -> None:
+        volume.progress_lb = done_b // LB
+
+    await receive_differences(
+        conn,
+        volume.place.env.pools,
+        read,
+        sink,
+        size_b=size_b,
+        bulk_b=bulk_b,
+        seed=seed,
+        timer=volume.sync_timer(),
+        tick=tick,
+    )
 
 
 async def _commit(volume: Volume, sink: WdiffSink, diff: Diff, uuid: bytes) -> None:
@@ -227,15 +260,10 @@ class WdiffSink:
     def feed(self, piece: memoryview) -> None:
         """Verify and write one piece: whole packs, the first one behind the file header. Raises CorruptData."""
         if self.size_b == 0:
-            self._check_header(piece)
+            check_stream_header(piece, self._source, self.uuid, NIL_UUID)
             self._write(WdiffHeader(WdiffType.SORTED, self.uuid).pack())
             piece = piece[HEADER_B:]
-        at = 0
-        while at < len(piece):
-            data_b = int.from_bytes(piece[at + 8 : at + 12], "little")  # the verifier checks it
-            pack = piece[at : at + PACK_B + data_b]
-            self._verifier.feed(pack)
-            at += len(pack)
+        self._verifier.feed_all(piece)
         self._write(piece)
 
     def sync(self) -> None:
@@ -262,16 +290,6 @@ class WdiffSink:
         """Close the file; it is removed if it got no name."""
         if self._file is not None:
             self._file.close()
-
-    def _check_header(self, piece: memoryview) -> None:
-        header = parse_header(piece[:HEADER_B], self._source)
-        problem = ""
-        if header.type is not WdiffType.SORTED:
-            problem = "only sorted wdiffs can be sent"
-        elif header.uuid not in (self.uuid, NIL_UUID):
-            problem = "the wdiff has another uuid than the offer"
-        if problem:
-            raise CorruptData(problem, hint="the sender made the stream wrongly", source=self._source, offset=0)
 
     def _write(self, data: bytes | memoryview) -> None:
         self.file.pwrite(data, self.size_b)

@@ -27,7 +27,7 @@ from walbd.archive.image_receiver import ImageReceiver
 from walbd.archive.image_sink import ImageSink
 from walbd.archive.lifecycle import promise_nothing
 from walbd.archive.pending import commit_pending
-from walbd.archive.receive import WdiffSink, grow, look_for_room, take_stream
+from walbd.archive.receive import WdiffSink, grow, look_for_room, take_differences, take_stream
 from walbd.archive.record import FullProgress
 from walbd.archive.recover import remove_copies
 from walbd.archive.slots import Slots
@@ -36,14 +36,13 @@ from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Place, Volume, check_room
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
-from walbd.daemon.hash_sync import receive_differences
-from walbd.daemon.pipeline import SyncTimer
+from walbd.daemon.hash_sync import DiffSink
 from walbd.daemon.server import Handler
 from walbd.daemon.states import Step
 from walbd.daemon.tasks import uninterrupted
 from walbd.errors import BadState, Busy, NotFound, Refused, RemoteProtocolError, UsageError
 from walbd.format.meta import BaseState, Diff, NotApplicable, trim
-from walbd.fs import failpoints
+from walbd.fs import Buf, failpoints
 from walbd.fs.disk import disk_errors
 from walbd.ids import NIL_UUID
 from walbd.protocol.base import Kind, Ok
@@ -234,9 +233,14 @@ class _Reception:
             await with_filler(self._conn, machine.changed.wait_for(is_free))
         return volume.enter(command)
 
-    def _timer(self) -> SyncTimer:
-        config = self._volume.place.config
-        return SyncTimer(config.fsync_interval_b, config.fsync_interval_s)
+    async def _compare(
+        self, request: ReplicateResync | ReplicateHash, read: Callable[[int, int], Buf], sink: DiffSink
+    ) -> None:
+        """Let the source compare with what `read` gives, and take what differs."""
+        size_b = request.size_lb * LB
+        await take_differences(
+            self._volume, self._conn, read, sink, size_b=size_b, bulk_b=request.bulk_b, seed=request.seed
+        )
 
     def _hit(self, failpoint: str) -> None:
         with disk_errors(self._volume.directory, "replicate"):
@@ -323,17 +327,7 @@ class _Reception:
                 await with_filler(conn, self._pools.run(Pool.RECEIVE, self._give_up_history))
                 sink = await self._pools.run(Pool.RECEIVE, self._open_base, request.size_lb)
                 await conn.send(Ok())
-                await receive_differences(
-                    conn,
-                    self._pools,
-                    sink.read,
-                    sink,
-                    size_b=request.size_lb * LB,
-                    bulk_b=request.bulk_b,
-                    seed=request.seed,
-                    timer=self._timer(),
-                    tick=self._tick,
-                )
+                await self._compare(request, sink.read, sink)
             self._hit(FP_RESYNC_BEFORE_COMMIT)
             await with_filler(conn, self._commit_base(step, request.base, sink.size_b // LB, request.uuid))
         finally:
@@ -341,9 +335,6 @@ class _Reception:
                 await self._pools.run(Pool.RECEIVE, sink.close)
             self._leave()
         log.info("replication.resync", volume=volume.name, base=str(request.base), written_b=sink.written_b)
-
-    def _tick(self, done_b: int) -> None:
-        self._volume.progress_lb = done_b // LB
 
     def _give_up_history(self) -> None:
         place = self._volume.place
@@ -433,17 +424,7 @@ class _Reception:
         async with AsyncExitStack() as stack:
             image = await with_filler(conn, stack.enter_async_context(opening))
             await conn.send(RoundAnswer(accepted=True))
-            await receive_differences(
-                conn,
-                self._pools,
-                image.read,
-                sink,
-                size_b=request.size_lb * LB,
-                bulk_b=request.bulk_b,
-                seed=request.seed,
-                timer=self._timer(),
-                tick=self._tick,
-            )
+            await self._compare(request, image.read, sink)
 
     async def _commit_round(self, sink: WdiffSink, diff: Diff, request: ReplicateDiff | ReplicateHash) -> None:
         """Name the file and register the diff, with the history that it brings."""

@@ -24,6 +24,7 @@ from walbd.archive.record import Pending, VolumeRecord
 from walbd.archive.recover import Loaded
 from walbd.archive.states import ADDING, TABLE, Command, State
 from walbd.daemon.env import Env, Pool
+from walbd.daemon.pipeline import SyncTimer
 from walbd.daemon.record import RECORD_NAME, save_record
 from walbd.daemon.states import ActionInfo, Machine, Step, StopMode
 from walbd.daemon.tasks import uninterrupted
@@ -266,6 +267,11 @@ class Volume:
         self._points.clear()
 
     # --- giving up
+
+    def sync_timer(self) -> SyncTimer:
+        """Return what tells a reception that begins now when to sync."""
+        config = self.place.config
+        return SyncTimer(config.fsync_interval_b, config.fsync_interval_s)
 
     @property
     def is_forced(self) -> bool:

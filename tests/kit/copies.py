@@ -18,7 +18,7 @@ from walbd.daemon.hash_sync import Differences, receive_differences, send_differ
 from walbd.daemon.pipeline import SyncTimer
 from walbd.daemon.tasks import Signal
 from walbd.errors import ConnectError, RemoteError, TimedOut, WalbError
-from walbd.format.wdiff import HEADER_B, PACK_B
+from walbd.format.wdiff import HEADER_B
 from walbd.format.wdiff_read import open_wdiff
 from walbd.format.wdiff_stream import PackVerifier
 from walbd.fs import Buf
@@ -138,11 +138,7 @@ class KeptDiff:
             assert self.error is not None
             raise self.error
         self.feeds += 1
-        at = 0 if self.data else HEADER_B
-        while at < len(piece):
-            size_b = PACK_B + int.from_bytes(piece[at + 8 : at + 12], "little")
-            self._verifier.feed(piece[at : at + size_b])
-            at += size_b
+        self._verifier.feed_all(piece if self.data else piece[HEADER_B:])
         self.data += piece
 
     def sync(self) -> None:
@@ -202,7 +198,6 @@ class CopyPair:
         self.read_dest: Callable[[int, int], bytes] = lambda at, size_b: self.dest[at : at + size_b]
         self.pools = SlowPools(rng, latency_s)
         self.conn, self.dest_conn = connected(frames_max)
-        self.source_error: BaseException | None = None
         self.dest_error: BaseException | None = None
 
     async def read_source(self, offset_b: int, size_b: int) -> bytes:
@@ -258,7 +253,6 @@ class CopyPair:
             await serving
             return found
         except BaseException as exc:
-            self.source_error = exc
             if isinstance(exc, WalbError) and not isinstance(exc, ConnectError | RemoteError | TimedOut):
                 await self.conn.send_error(exc)
             self.conn.abort()

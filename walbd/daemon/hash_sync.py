@@ -72,14 +72,13 @@ async def send_differences(
     seed: int,
     uuid: bytes,
     compress: CompressOpt = WIRE,
-    pool: Pool = Pool.SEND,
 ) -> Differences:
     """Compare the whole image with the peer's, and send what differs as a sorted wdiff with this uuid.
 
     Returns after the peer's Ok. Raises what reading, `source.tick` and the connection raise, and
     RemoteProtocolError.
     """
-    comparison = _Comparison(conn, pools, source, bulk_b, seed, compress, pool)
+    comparison = _Comparison(conn, pools, source, bulk_b, seed, compress)
     return await comparison.run(WdiffHeader(WdiffType.SORTED, uuid).pack())
 
 
@@ -92,27 +91,20 @@ class _Own:
     hashes: bytes
 
 
+@dataclass
 class _Comparison:
     """The source's half of one exchange."""
 
-    def __init__(
-        self,
-        conn: Connection,
-        pools: Pools,
-        source: ImageSource,
-        bulk_b: int,
-        seed: int,
-        compress: CompressOpt,
-        pool: Pool,
-    ) -> None:
-        self._conn = conn
-        self._pools = pools
-        self._source = source
-        self._bulk_b = bulk_b
-        self._seed = seed
-        self._pool = pool
-        self._maker = PackMaker(compress)
-        self._range_b = max(RANGE_B // bulk_b, 1) * bulk_b
+    conn: Connection
+    pools: Pools
+    source: ImageSource
+    bulk_b: int
+    seed: int
+    compress: CompressOpt
+
+    def __post_init__(self) -> None:
+        self._maker = PackMaker(self.compress)
+        self._range_b = max(RANGE_B // self.bulk_b, 1) * self.bulk_b
         self._runs: asyncio.Queue[bytes] = asyncio.Queue()  # bounded by what was asked for
         self._wanted_b = 0  # asked for so far
         self._ended = False  # everything was sent
@@ -123,16 +115,16 @@ class _Comparison:
     async def run(self, header: bytes) -> Differences:
         """Do it all; `header` goes before the first pack."""
         async with _beside(self._receive(), heed=True):
-            sender = LiveSender(self._conn)
+            sender = LiveSender(self.conn)
             await self._send_all(sender, header)
-        return Differences(self._source.size_b, self._differing_b, sender.payload_b)
+        return Differences(self.source.size_b, self._differing_b, sender.payload_b)
 
     async def _send_all(self, sender: LiveSender, header: bytes) -> None:
-        source, size_b = self._source, self._source.size_b
+        source, size_b = self.source, self.source.size_b
         done_b = 0
         await self._ask(sender, done_b)
         async with ahead(self._compared(), depth=1) as compared:
-            while (packs := await with_filler(self._conn, anext(compared, None))) is not None:
+            while (packs := await with_filler(self.conn, anext(compared, None))) is not None:
                 length_b = min(self._range_b, size_b - done_b)
                 done_b += length_b
                 await self._ask(sender, done_b)
@@ -141,27 +133,27 @@ class _Comparison:
                     header = b""
                 await sender.keep_alive()
                 await source.done(done_b, length_b, sender.keep_alive)
-        rest = await with_filler(self._conn, self._pools.run(self._pool, self._maker.finish))
+        rest = await with_filler(self.conn, self.pools.run(Pool.SEND, self._maker.finish))
         await sender.send(WdiffChunk(), header, rest)
         self._ended = True
         await sender.send(End())
 
     async def _ask(self, sender: LiveSender, done_b: int) -> None:
         """Ask for hashes as far ahead of what is done as we may."""
-        while self._wanted_b < min(done_b + RANGES_AHEAD * self._range_b, self._source.size_b):
+        while self._wanted_b < min(done_b + RANGES_AHEAD * self._range_b, self.source.size_b):
             wanted = HashWanted(
-                offset_b=self._wanted_b, size_b=min(self._range_b, self._source.size_b - self._wanted_b)
+                offset_b=self._wanted_b, size_b=min(self._range_b, self.source.size_b - self._wanted_b)
             )
             self._wanted_b += wanted.size_b
             await sender.send(wanted)
 
     async def _receive(self) -> None:
         """Receive the hashes of all ranges, and the Ok at the end; an error of the peer ends the exchange."""
-        for offset_b in range(0, self._source.size_b, self._range_b):
-            message, payload = await self._conn.receive()
+        for offset_b in range(0, self.source.size_b, self._range_b):
+            message, payload = await self.conn.receive()
             if not isinstance(message, HashRun):
-                raise self._conn.unexpected(message, HashRun)
-            bulks = -(-min(self._range_b, self._source.size_b - offset_b) // self._bulk_b)
+                raise self.conn.unexpected(message, HashRun)
+            bulks = -(-min(self._range_b, self.source.size_b - offset_b) // self.bulk_b)
             if message.offset_b != offset_b or offset_b >= self._wanted_b or len(payload) != bulks * HASH_B:
                 raise RemoteProtocolError(
                     "these are not the hashes that were asked for",
@@ -171,13 +163,13 @@ class _Comparison:
                     expected_hashes_b=bulks * HASH_B,
                 )
             self._runs.put_nowait(bytes(payload))
-        ok = await self._conn.expect(Ok)
+        ok = await self.conn.expect(Ok)
         if not self._ended:
-            raise self._conn.unexpected(ok)
+            raise self.conn.unexpected(ok)
 
     async def _compared(self) -> AsyncGenerator[bytes, None]:
         """Yield for each range the packs that became complete with it, often none."""
-        size_b = self._source.size_b
+        size_b = self.source.size_b
         ranges = ((at, min(self._range_b, size_b - at)) for at in range(0, size_b, self._range_b))
         async with in_order(ranges, self._read, depth=READS_AHEAD) as read:
             async for own in read:
@@ -185,13 +177,13 @@ class _Comparison:
                 if own.hashes == theirs and not self._is_pack_due(own.offset_b + len(own.data)):
                     yield b""
                 else:
-                    yield await self._pools.run(self._pool, self._add, own, theirs)
+                    yield await self.pools.run(Pool.SEND, self._add, own, theirs)
 
     async def _read(self, place: tuple[int, int]) -> _Own:
         offset_b, size_b = place
-        data = await self._source.read_all(offset_b, size_b)
+        data = await self.source.read_all(offset_b, size_b)
         return _Own(
-            offset_b, data, await self._pools.run(self._pool, hash_bulks, xxh3, data, self._bulk_b, self._seed)
+            offset_b, data, await self.pools.run(Pool.SEND, hash_bulks, xxh3, data, self.bulk_b, self.seed)
         )
 
     # in threads, one at a time
@@ -204,7 +196,7 @@ class _Comparison:
     def _add(self, own: _Own, theirs: bytes) -> bytes:
         """Add what differs in a range; return the packs that go out now."""
         packs = b""
-        for begin_b, end_b, zero in differing_runs(own.data, own.hashes, theirs, self._bulk_b):
+        for begin_b, end_b, zero in differing_runs(own.data, own.hashes, theirs, self.bulk_b):
             at_lb = (own.offset_b + begin_b) // LB
             if zero:
                 full = self._maker.add_zero(at_lb, (end_b - begin_b) // LB)
@@ -269,45 +261,30 @@ async def receive_differences(
     seed: int,
     timer: SyncTimer,
     tick: Tick = nothing,
-    pool: Pool = Pool.RECEIVE,
-    hash_pool: Pool = Pool.QUERY,
 ) -> None:
     """Serve hashes of our image, and take what differs from it, until all `size_b` bytes were compared.
 
     `read` runs in threads; what it does not return, beyond the end of the image, counts as zeros. `tick` is told
     how much was hashed. The caller sends the Ok. Raises RemoteProtocolError, and what `read` and the sink raise.
     """
-    await _Serving(conn, pools, read, sink, size_b, bulk_b, seed, timer, tick, pool, hash_pool).run()
+    await _Serving(conn, pools, read, sink, size_b, bulk_b, seed, timer, tick).run()
 
 
+@dataclass
 class _Serving:
     """The destination's half of one exchange."""
 
-    def __init__(
-        self,
-        conn: Connection,
-        pools: Pools,
-        read: Callable[[int, int], Buf],
-        sink: DiffSink,
-        size_b: int,
-        bulk_b: int,
-        seed: int,
-        timer: SyncTimer,
-        tick: Tick,
-        pool: Pool,
-        hash_pool: Pool,
-    ) -> None:
-        self._conn = conn
-        self._pools = pools
-        self._read = read
-        self._sink = sink
-        self._size_b = size_b
-        self._bulk_b = bulk_b
-        self._seed = seed
-        self._timer = timer
-        self._tick = tick
-        self._pool = pool
-        self._hash_pool = hash_pool
+    conn: Connection
+    pools: Pools
+    read: Callable[[int, int], Buf]
+    sink: DiffSink
+    size_b: int
+    bulk_b: int
+    seed: int
+    timer: SyncTimer
+    tick: Tick
+
+    def __post_init__(self) -> None:
         self._turns = asyncio.Semaphore(HASHES_AHEAD)
         self._wanted_b = 0  # asked for so far
         self._answered_b = 0
@@ -318,37 +295,37 @@ class _Serving:
         async with _beside(self._answer(), heed=False) as tasks:
             async with Pipeline(0) as pipeline:
                 while True:
-                    message, payload = await self._conn.receive()
+                    message, payload = await self.conn.receive()
                     if isinstance(message, HashWanted) and not payload:
                         self._check(message)
                         self._wanted.put_nowait((message, tasks.create_task(self._hash(message))))
                     elif isinstance(message, WdiffChunk) and payload:
-                        await pipeline.push(self._pools.run(self._pool, self._sink.feed, payload), len(payload))
-                        if self._timer.is_due(len(payload)):
-                            await pipeline.push(self._pools.run(self._pool, self._sink.sync), 0)
+                        await pipeline.push(self.pools.run(Pool.RECEIVE, self.sink.feed, payload), len(payload))
+                        if self.timer.is_due(len(payload)):
+                            await pipeline.push(self.pools.run(Pool.RECEIVE, self.sink.sync), 0)
                     elif isinstance(message, End) and not payload:
                         break
                     else:
-                        raise self._conn.unexpected(message, HashWanted, WdiffChunk, End)
-                if self._answered_b != self._size_b:
+                        raise self.conn.unexpected(message, HashWanted, WdiffChunk, End)
+                if self._answered_b != self.size_b:
                     raise RemoteProtocolError(
-                        "the comparison ends early", offset_b=self._answered_b, size_b=self._size_b
+                        "the comparison ends early", offset_b=self._answered_b, size_b=self.size_b
                     )
                 await pipeline.drain()
-            await self._pools.run(Pool.MAINTAIN, self._sink.finish)  # long: it reads back what has come
+            await self.pools.run(Pool.MAINTAIN, self.sink.finish)  # long: it reads back what has come
             self._wanted.put_nowait(None)
 
     def _check(self, wanted: HashWanted) -> None:
         """Raise RemoteProtocolError unless this range may be asked for now; then it counts as asked for."""
         end_b = wanted.offset_b + wanted.size_b
-        whole = wanted.size_b % self._bulk_b == 0 or end_b == self._size_b
-        if wanted.offset_b != self._wanted_b or end_b > self._size_b or not whole:
+        whole = wanted.size_b % self.bulk_b == 0 or end_b == self.size_b
+        if wanted.offset_b != self._wanted_b or end_b > self.size_b or not whole:
             raise RemoteProtocolError(
                 "a range is not where it must be",
                 offset_b=wanted.offset_b,
                 expected_b=self._wanted_b,
                 range_b=wanted.size_b,
-                size_b=self._size_b,
+                size_b=self.size_b,
             )
         if self._wanted.full():
             raise RemoteProtocolError("too many ranges are asked for at once", ranges_max=RANGES_MAX)
@@ -363,27 +340,27 @@ class _Serving:
             await self._answer_all()
 
     async def _answer_all(self) -> None:
-        sender = LiveSender(self._conn)
-        while (wanted := await with_filler(self._conn, self._wanted.get())) is not None:
+        sender = LiveSender(self.conn)
+        while (wanted := await with_filler(self.conn, self._wanted.get())) is not None:
             message, hashing = wanted
-            hashes = await with_filler(self._conn, _result(hashing))
+            hashes = await with_filler(self.conn, _result(hashing))
             self._answered_b = message.offset_b + message.size_b  # first: the peer may end as soon as it has them
             await sender.send(HashRun(offset_b=message.offset_b), hashes)
-            self._tick(self._answered_b)
+            self.tick(self._answered_b)
 
     async def _hash(self, wanted: HashWanted) -> bytes:
         async with self._turns:
-            return await self._pools.run(self._hash_pool, self._hash_range, wanted.offset_b, wanted.size_b)
+            return await self.pools.run(Pool.QUERY, self._hash_range, wanted.offset_b, wanted.size_b)
 
     # in threads
 
     def _hash_range(self, offset_b: int, size_b: int) -> bytes:
-        data = self._read(offset_b, size_b)
+        data = self.read(offset_b, size_b)
         if len(data) < size_b:  # beyond the end of our image
             padded = bytearray(size_b)
             padded[: len(data)] = data
             data = padded
-        return hash_bulks(xxh3, data, self._bulk_b, self._seed)
+        return hash_bulks(xxh3, data, self.bulk_b, self.seed)
 
 
 # --- both

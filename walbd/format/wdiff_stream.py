@@ -10,11 +10,26 @@ from walbd.ext.buffers import Buf
 from walbd.ext.extent import clip
 from walbd.ext.wdiff import check_extents, parse_pack
 from walbd.format.extents import EXTENT, EXTENT_B
-from walbd.format.wdiff import PACK_B
+from walbd.format.wdiff import HEADER_B, PACK_B, WdiffType, parse_header
 from walbd.format.wdiff_read import bad_pack
 from walbd.units import UINT64_MAX
 
 _HINT = "the sender or the connection damaged the stream; it has to be sent again"
+
+
+def check_stream_header(stream: Buf, source: str, *uuids: bytes) -> None:
+    """Check the file header at the beginning of a stream: a sorted wdiff, of one of `uuids` if any are given.
+
+    Raises CorruptData.
+    """
+    header = parse_header(memoryview(stream)[:HEADER_B], source)
+    problem = ""
+    if header.type is not WdiffType.SORTED:
+        problem = "only sorted wdiffs can be sent"
+    elif uuids and header.uuid not in uuids:
+        problem = "the wdiff has another uuid than the offer"
+    if problem:
+        raise CorruptData(problem, hint="the sender made the stream wrongly", source=source, offset=0)
 
 
 class PackVerifier:
@@ -73,6 +88,14 @@ class PackVerifier:
         self.data_size_b += data_size_b
         self.end_lb = end_lb
         self._offset_b = at + len(view)
+
+    def feed_all(self, packs: Buf) -> None:
+        """Verify whole packs, one behind the other, each as `feed` does."""
+        view, at = memoryview(packs), 0
+        while at < len(view):
+            data_b = int.from_bytes(view[at + 8 : at + 12], "little")  # `feed` checks it
+            self.feed(view[at : at + PACK_B + data_b])
+            at += PACK_B + data_b
 
     def finish(self) -> None:
         """Raise CorruptData if the end pack has not come."""
