@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.kit.fake_device import FakeDevice
 from tests.kit.feeder import ArchiveRig
@@ -16,7 +16,9 @@ from tests.kit.storage_rig import DEADLINE_S, DEVICE, VOL, Rig
 from walbd.errors import RemoteError
 from walbd.protocol import control as c
 from walbd.protocol.base import JobInfo, JobState
-from walbd.protocol.codec import Request
+from walbd.protocol.codec import Message, Request
+
+R = TypeVar("R", bound=Message)
 
 
 class StorageRig(Rig):
@@ -73,33 +75,24 @@ class BackupRig:
         assert info.state is JobState.DONE, info
         return int(info.result["gid"] or 0)
 
-    async def begin_hash_backup(self, **options: Any) -> int:
-        """Begin a hash backup; return its job."""
-        return (await self.storage.call(c.HashBackup(volume=VOL, **options))).job
-
-    async def hash_backup(self, **options: Any) -> JobInfo:
-        """Run a hash backup to its end, whatever that is; wait while the archive is busy, as an operator would."""
+    async def ask(self, request: Request[R], storage: Rig | None = None) -> R:
+        """Ask a storage, again while something is busy: the archive may just take a wdiff."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + DEADLINE_S
         while True:
             try:
-                return await self.storage.job(await self.begin_hash_backup(**options))
+                return await (storage or self.storage).call(request)
             except RemoteError as exc:
                 if exc.remote_code != "busy" or loop.time() > deadline:
                     raise
 
-    async def refusal(self, request: Request[Any]) -> str:
-        """Ask the storage for what must be refused; return the code, not that something is busy."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + DEADLINE_S
-        while True:
-            try:
-                await self.storage.call(request)
-            except RemoteError as exc:
-                if exc.remote_code != "busy" or loop.time() > deadline:
-                    return exc.remote_code
-            else:
-                raise AssertionError("it was accepted")
+    async def begin_hash_backup(self, storage: Rig | None = None, **options: Any) -> int:
+        """Begin a hash backup; return its job."""
+        return (await self.ask(c.HashBackup(volume=VOL, **options), storage)).job
+
+    async def hash_backup(self, storage: Rig | None = None, **options: Any) -> JobInfo:
+        """Run a hash backup to its end, whatever that is."""
+        return await (storage or self.storage).job(await self.begin_hash_backup(storage, **options))
 
     async def done_hash_backup(self, **options: Any) -> int:
         """Run a hash backup that must succeed; return its generation."""

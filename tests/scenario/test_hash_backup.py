@@ -188,6 +188,7 @@ async def test_refused_before_the_reset(tmp_path: Path, why: str) -> None:
             await rig.snapshot()
             if why != "state":
                 await to_sync_ready(rig)
+        await rig.archive.settled()
         code, undo = "bad-state", ExitStack()
         if why == "larger":
             code = "refused"
@@ -204,7 +205,7 @@ async def test_refused_before_the_reset(tmp_path: Path, why: str) -> None:
         state, uuid = await rig.storage.state(), rig.device.uuid
         record = rig.storage.server.volumes[VOL].record
         with pytest.raises(RemoteError) as caught:
-            await rig.begin_hash_backup()
+            await rig.storage.call(c.HashBackup(volume=VOL))
         assert caught.value.remote_code == code
         undo.close()
         assert await rig.storage.state() == state
@@ -320,8 +321,10 @@ async def test_a_lost_full_backup_is_continued_by_a_hash_backup(tmp_path: Path, 
             await rig.snapshot()
             await to_sync_ready(rig)
         assert await rig.storage.state() == "SyncReady"
-        assert await rig.archive.state(VOL) == "Archived"
-        assert await rig.refusal(c.FullBackup(volume=VOL)) == "bad-state"
+        assert str(rig.archive.volume(VOL).machine.state) == "Archived"
+        with pytest.raises(RemoteError) as caught:
+            await rig.ask(c.FullBackup(volume=VOL))
+        assert caught.value.remote_code == "bad-state"
         rig.device.scribble(3)
         info = await rig.hash_backup(bulk_b=512)
         assert info.state is JobState.DONE, info

@@ -46,7 +46,7 @@ class Pair:
     async def become_target(self, rig: Rig) -> int:
         if await rig.state() == "Standby":
             await rig.stop_volume()
-        info = await rig.job((await rig.call(c.HashBackup(volume=VOL))).job)
+        info = await self.group.hash_backup(rig)
         assert info.state is JobState.DONE, info
         return int(info.result["gid"] or 0)
 
@@ -121,6 +121,6 @@ async def test_a_volume_that_overflowed_takes_up_nothing_before_its_reset(tmp_pa
         assert await storage.state() == "Stopped"
         await storage.call(Retarget(proxies=[group.storage.neighbours[1]]))
         await storage.call(c.ResetVol(volume=VOL))
-        info = await storage.job((await storage.call(c.HashBackup(volume=VOL))).job)
+        info = await group.hash_backup()
         assert info.state is JobState.DONE, info
         await group.until_archived(int(info.result["gid"] or 0))
