@@ -12,6 +12,7 @@ import uvloop
 from hypothesis import settings
 
 from tests.kit import jitter
+from walbd.fs import failpoints
 
 # A deadline for single examples would make a busy machine fail tests.
 settings.register_profile("walbd", deadline=None)
@@ -54,6 +55,13 @@ def _log(request: pytest.FixtureRequest) -> Iterator[None]:
     )
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(autouse=True)
+def _disarmed() -> Iterator[None]:
+    """No failpoint that a test has armed is armed in the next."""
+    yield
+    failpoints.disarm()
 
 
 @pytest.hookimpl(wrapper=True)

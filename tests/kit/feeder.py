@@ -312,6 +312,13 @@ class Feed:
     async def init(self) -> None:
         await self.rig.call(c.ArchiveInitVol(volume=self.name))
 
+    async def begin(self, *, steps: int = 0) -> None:
+        """Initialise the volume, with something in it, back it up, and take so many snapshots."""
+        await self.init()
+        self.scribble()
+        await self.full_backup()
+        await self.step(steps)
+
     async def full_backup(self, *, dirty: int = 0) -> BackupDone:
         """Back up what the volume holds now; with `dirty`, that many generations pass during the copy."""
         self.uuid = self.rng.randbytes(16)

@@ -41,12 +41,6 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hash_sync, "PACK_B", 16 * LB)
 
 
-@pytest.fixture(autouse=True)
-def disarmed() -> Any:
-    yield
-    failpoints.disarm()
-
-
 async def backed_up(rig: ArchiveRig, *, steps: int = 3, seed: int = 1, size_lb: int = 64) -> HashFeed:
     """Return a volume with a full backup and some diffs."""
     feed = HashFeed(rig, seed=seed, size_lb=size_lb)

@@ -28,7 +28,6 @@ async def feed(tmp_path: Path) -> AsyncIterator[Feed]:
         await feed.full_backup()
         await feed.step(6)
         yield feed
-    failpoints.disarm()
 
 
 async def hold(feed: Feed, gid: int, reason: str = "audit", until: int = 0) -> None:

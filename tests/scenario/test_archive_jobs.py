@@ -64,10 +64,7 @@ async def feed(tmp_path: Path) -> AsyncIterator[Feed]:
     """An Archived volume at generation 4; 2 is protected."""
     async with ArchiveRig(tmp_path) as rig:
         feed = Feed(rig)
-        await feed.init()
-        feed.scribble()
-        await feed.full_backup()
-        await feed.step(2)
+        await feed.begin(steps=2)
         await feed.step(1, mergeable=False)
         await feed.step(1)
         yield feed

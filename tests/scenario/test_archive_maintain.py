@@ -34,19 +34,10 @@ async def feed(tmp_path: Path) -> AsyncIterator[Feed]:
     """An Archived volume at generation 6; 3 is protected."""
     async with ArchiveRig(tmp_path) as rig:
         feed = Feed(rig)
-        await feed.init()
-        feed.scribble()
-        await feed.full_backup()
-        await feed.step(3)
+        await feed.begin(steps=3)
         await feed.step(1, mergeable=False)
         await feed.step(2)
         yield feed
-
-
-@pytest.fixture(autouse=True)
-def _disarmed() -> Any:
-    yield
-    failpoints.disarm()
 
 
 async def refused(feed: Feed, request: Any) -> RemoteError:

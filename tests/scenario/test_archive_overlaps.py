@@ -37,7 +37,6 @@ from walbd.units import LB
 async def group(tmp_path: Path) -> AsyncIterator[Group]:
     async with Group(tmp_path) as group:
         yield group
-    failpoints.disarm()
 
 
 async def until(condition: Callable[[], bool]) -> None:

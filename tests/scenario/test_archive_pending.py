@@ -33,7 +33,6 @@ async def pair() -> AsyncIterator[tuple[Group, TwoFeeds]]:
         feed.snapshot()
         feed.write(0, 3)
         yield group, feed
-    failpoints.disarm()
 
 
 def on_disk(group: Group) -> dict[str, Any]:

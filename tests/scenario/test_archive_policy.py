@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -32,12 +32,6 @@ from walbd.protocol.policy import ExplainPolicy, GetPolicy, SetPolicy
 VOL = "vol0"
 HOUR = 3600
 QUICK = Policy(levels=parse_levels("2m:1m 20m:10m"), keep=Grid.parse("all=1h hourly=2"), apply_interval_s=HOUR)
-
-
-@pytest.fixture(autouse=True)
-def nothing_armed() -> Iterator[None]:
-    yield
-    failpoints.disarm()
 
 
 async def fed(rig: VirtualArchive, policy: Policy | None = QUICK, *, name: str = VOL, dirty: int = 0) -> TimedFeed:

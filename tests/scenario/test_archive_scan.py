@@ -54,17 +54,8 @@ async def cold(tmp_path: Path) -> AsyncIterator[Feed]:
     fs.make_dir(BASE)
     async with ArchiveRig(BASE, fs=fs) as rig:
         feed = Feed(rig)
-        await feed.init()
-        feed.scribble()
-        await feed.full_backup()
-        await feed.step(5)
+        await feed.begin(steps=5)
         yield feed
-
-
-@pytest.fixture(autouse=True)
-def _disarmed() -> Any:
-    yield
-    failpoints.disarm()
 
 
 async def code_of(feed: Feed, request: Any) -> str:

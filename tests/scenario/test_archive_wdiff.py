@@ -43,10 +43,7 @@ async def feed(tmp_path: Path) -> AsyncIterator[Feed]:
     """An Archived volume at generation 3."""
     async with ArchiveRig(tmp_path) as rig:
         feed = Feed(rig)
-        await feed.init()
-        feed.scribble()
-        await feed.full_backup()
-        await feed.step(3)
+        await feed.begin(steps=3)
         yield feed
 
 
@@ -175,10 +172,7 @@ async def test_lost_acknowledgement(feed: Feed) -> None:
 async def test_larger_device_with_auto_resize(tmp_path: Path) -> None:
     async with ArchiveRig(tmp_path, auto_resize=True) as rig:
         feed = Feed(rig)
-        await feed.init()
-        feed.scribble()
-        await feed.full_backup()
-        await feed.step(1)
+        await feed.begin(steps=1)
         feed.size_lb = 96
         feed.image += bytes(32 * 512)
         feed.write(60, 20)

@@ -32,12 +32,6 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hash_sync, "PACK_B", 64 * KIB)
 
 
-@pytest.fixture(autouse=True)
-def disarmed() -> Any:
-    yield
-    failpoints.disarm()
-
-
 async def scanning(rig: BackupRig) -> None:
     await rig.storage.until(lambda: rig.storage.server.volumes[VOL].monitored, "the scan")
 

@@ -4,7 +4,6 @@ An armed failpoint fails the step with a disk error; the proxy is then dropped a
 on the same directory. (tests/fault kills real processes at the same places.)
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,13 +32,6 @@ RECEIVING = [
 DAMAGE = ["proxy.wdiff.before_aside", "proxy.wdiff.after_aside"]  # test_proxy_damage.py
 OTHERS = ["proxy.send.before_delete", "proxy.archive.before_remove", "proxy.volume.before_remove"]
 PACKS = [write(0), write(50, 16, 2)]
-
-
-@pytest.fixture(autouse=True)
-def disarmed() -> Iterator[None]:
-    failpoints.disarm()
-    yield
-    failpoints.disarm()
 
 
 def test_every_failpoint_of_the_proxy_is_tried_here() -> None:

@@ -4,7 +4,7 @@ Whatever happens, in the end both archives hold exactly what was written, and no
 """
 
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -20,12 +20,6 @@ from walbd.protocol.transfer import Verdict
 
 SIZE_LB = 64
 HELD = [Verdict.SYNCING, Verdict.STOPPED, Verdict.TOO_NEW, Verdict.SMALLER, None, None]
-
-
-@pytest.fixture(autouse=True)
-def disarmed() -> Iterator[None]:
-    yield
-    failpoints.disarm()
 
 
 class Life:

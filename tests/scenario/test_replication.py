@@ -28,7 +28,6 @@ from walbd.units import LB, MIB
 async def group(tmp_path: Path) -> AsyncIterator[Group]:
     async with Group(tmp_path) as group:
         yield group
-    failpoints.disarm()
 
 
 # --- kinds

@@ -15,7 +15,6 @@ from tests.kit.replicas import VOL, Group
 from walbd.archive.states import Command
 from walbd.daemon.states import StopMode
 from walbd.errors import RemoteError
-from walbd.fs import failpoints
 from walbd.protocol import control as c
 from walbd.protocol.base import JobState
 from walbd.protocol.sync import ReplicateOffer
@@ -27,7 +26,6 @@ from walbd.units import LB
 async def group(tmp_path: Path) -> AsyncIterator[Group]:
     async with Group(tmp_path) as group:
         yield group
-    failpoints.disarm()
 
 
 # --- sizes

@@ -38,10 +38,7 @@ async def feed(tmp_path: Path) -> AsyncIterator[Feed]:
     """An Archived volume at generation 3, whose archive has been killed."""
     async with ArchiveRig(tmp_path) as rig:
         feed = Feed(rig)
-        await feed.init()
-        feed.scribble()
-        await feed.full_backup()
-        await feed.step(3)
+        await feed.begin(steps=3)
         await rig.crash()
         yield feed
 
