@@ -13,6 +13,7 @@ from tests.kit.replicas import VOL, Group, TwoFeeds
 from walbd.daemon.conn import Connection
 from walbd.errors import RemoteError
 from walbd.format.meta import BaseState, Diff, Snapshot
+from walbd.format.wdiff import HEADER_B, WdiffHeader, WdiffType
 from walbd.ids import Gid
 from walbd.protocol.base import End, Ok
 from walbd.protocol.sync import (
@@ -168,6 +169,7 @@ def one(make: Callable[[ReplicateState], Any]) -> Callable[[ReplicateState], Bad
 
 DIRTY = Diff(Snapshot.clean(2), Snapshot(Gid(3), Gid(5)), comp=True)
 BEYOND = make_wdiff({64: b"\x33" * LB}, UUID)
+UNSORTED = WdiffHeader(WdiffType.INDEXED, UUID).pack() + WDIFF[HEADER_B:]
 FLIPPED = WDIFF[:-5000] + bytes([WDIFF[-5000] ^ 1]) + WDIFF[-4999:]
 
 BAD_ROUNDS: list[tuple[str, Callable[[ReplicateState], Bad]]] = [
@@ -187,6 +189,7 @@ BAD_ROUNDS: list[tuple[str, Callable[[ReplicateState], Bad]]] = [
     ("corrupt-data", wdiff_then((WdiffChunk(), FLIPPED), End())),
     ("corrupt-data", wdiff_then((WdiffChunk(), BEYOND), End())),
     ("corrupt-data", wdiff_then((WdiffChunk(), make_wdiff({}, LINEAGE)), End())),
+    ("corrupt-data", wdiff_then((WdiffChunk(), UNSORTED), End())),
     ("remote-protocol", comparing_then(HashWanted(offset_b=512, size_b=512))),
     ("remote-protocol", comparing_then(HashWanted(offset_b=0, size_b=SIZE_B + 512))),
     ("remote-protocol", comparing_then(End())),
@@ -239,6 +242,7 @@ BAD_RESYNC: list[tuple[str, Bad]] = [
     ("remote-protocol", sends(RESYNC, End())),
     ("corrupt-data", sends(RESYNC, HashWanted(offset_b=0, size_b=SIZE_B), (WdiffChunk(), FLIPPED))),
     ("corrupt-data", sends(RESYNC, HashWanted(offset_b=0, size_b=SIZE_B), (WdiffChunk(), BEYOND))),
+    ("corrupt-data", sends(RESYNC, HashWanted(offset_b=0, size_b=SIZE_B), (WdiffChunk(), UNSORTED))),
 ]
 
 
