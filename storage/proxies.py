@@ -9,7 +9,7 @@ list. Source: docs/storage.md, "Choosing a proxy".
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -80,10 +80,10 @@ class Proxies:
         there = [proxy for proxy in self._proxies if proxy.available]
         return [proxy.address for proxy in sorted(there, key=lambda proxy: proxy.avoided_until > now)]
 
-    def has_better(self, address: Address) -> bool:
-        """Say whether another proxy is there that is not avoided: then none has to be waited for for ever."""
+    def has_others(self, tried: Collection[Address]) -> bool:
+        """Say whether a proxy is there that was not tried now, and is not avoided."""
         now = asyncio.get_running_loop().time()
-        return any(p.available and p.avoided_until <= now for p in self._proxies if p.address != address)
+        return any(p.available and p.avoided_until <= now for p in self._proxies if p.address not in tried)
 
     def avoid(self, address: Address) -> None:
         """Prefer all others for a while: it answers, and does not come to an end."""

@@ -7,7 +7,7 @@ may the log below it be erased. Source: docs/storage.md, "Sending log".
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final
@@ -80,7 +80,8 @@ async def send_stretch(
         lsid=transfer.begin.lsid,
         log_max_pb=transfer.limit - transfer.begin.lsid,
     )
-    stack, conn, address = await _connect(shared, proxies, offer)
+    stack, conn, tried = await _connect(shared, proxies, offer)
+    address = tried[-1]
     async with stack:
         try:
             lsid_end, wire_b = await _send_packs(shared, conn, device, path, info, transfer)
@@ -88,7 +89,7 @@ async def send_stretch(
             if lsid_end != transfer.end.lsid:
                 await before_partial(lsid_end)
             hit(FP_BEFORE_END, shared.directory(volume))
-            await _finish(proxies, conn, address, WlogEnd(lsid=lsid_end, diff=diff))
+            await _finish(proxies, conn, tried, WlogEnd(lsid=lsid_end, diff=diff))
         except (ConnectError, TimedOut):
             proxies.suspect(address)
             raise
@@ -111,39 +112,42 @@ async def send_stretch(
     return Sent(point_after(transfer, lsid_end), size_b, wire_b)
 
 
-async def _finish(proxies: Proxies, conn: Connection, address: Address, end: WlogEnd) -> None:
-    """Send the end, and return when the proxy has all of it durably.
+async def _finish(proxies: Proxies, conn: Connection, tried: Sequence[Address], end: WlogEnd) -> None:
+    """Send the end, and return when the proxy, the last of those that were tried, has all of it durably.
 
-    A proxy whose disk hangs says for ever that it is at work. If another one is there, it is given up after some
-    time, and avoided for a while; the only one is waited for, as to begin anew would not help.
+    A proxy whose disk hangs says for ever that it is at work. If there are others, it is given up after some time,
+    and avoided for a while. One that is the only one, or the only one to take the log, is waited for: to begin
+    anew would not help.
     """
-    limit_s = END_PATIENCE * conn.io_timeout_s if proxies.has_better(address) else None
+    limit_s = END_PATIENCE * conn.io_timeout_s if proxies.has_others(tried) else None
     try:
         async with asyncio.timeout(limit_s):
             await conn.call(end)
     except TimeoutError as exc:
-        proxies.avoid(address)
+        proxies.avoid(tried[-1])
         raise TimedOut(
-            "the proxy does not come to an end with the log", proxy=str(address), timeout_s=limit_s
+            "the proxy does not come to an end with the log", proxy=str(tried[-1]), timeout_s=limit_s
         ) from exc
 
 
 async def _connect(
     shared: Shared, proxies: Proxies, offer: WlogOffer
-) -> tuple[AsyncExitStack, Connection, Address]:
+) -> tuple[AsyncExitStack, Connection, list[Address]]:
     """Connect to the first proxy, in the order of the configuration, that is there and accepts the offer.
 
-    Leaving the returned stack closes the connection.
+    Leaving the returned stack closes the connection. Returns also those that were tried: the last has accepted.
     """
     problems: list[WalbError] = []
+    tried: list[Address] = []
     for address in proxies.available():
+        tried.append(address)
         async with AsyncExitStack() as stack:
             try:
                 conn = await stack.enter_async_context(dial(shared.env, shared.me, address))
                 if conn.peer.kind is not Kind.PROXY:
                     raise Refused("the server is no proxy", kind=str(conn.peer.kind))
                 await conn.call(offer, timeout_s=min(shared.me.connect_timeout_s, shared.me.io_timeout_s))
-                return stack.pop_all(), conn, address
+                return stack.pop_all(), conn, tried
             except WalbError as exc:
                 if isinstance(exc, ConnectError | TimedOut):
                     proxies.suspect(address)

@@ -10,6 +10,7 @@ from tests.kit.mem_net import MemNetwork
 from tests.kit.proxy_rig import StorageSide, proxy, write
 from tests.kit.storage_rig import VOL, Rig
 from tests.scenario.test_storage_time import REAL_DELAYS, play
+from walbd.errors import Refused
 from walbd.format.meta import Snapshot
 from walbd.protocol.control import GetStatus
 from walbd.protocol.transfer import Verdict
@@ -40,6 +41,25 @@ def test_storage_leaves_a_proxy_whose_disk_hangs(tmp_path: Path) -> None:
         rig.device.scribble(1)  # it is tried again
         await rig.until_delivered()
         assert rig.pieces[-1].proxy == p0.name
+
+    play(tmp_path, scenario, n_proxies=2)
+
+
+def test_storage_waits_for_a_slow_proxy_when_no_other_takes_the_log(tmp_path: Path) -> None:
+    """Else it would send the same to it again and again."""
+
+    async def scenario(rig: Rig, _net: MemNetwork) -> None:
+        loop, (p0, p1) = asyncio.get_running_loop(), rig.proxies
+        p0.hold, p0.says_it_works = asyncio.Event(), True
+        p1.refusal = Refused("the disk is full")
+        n, offers = len(rig.pieces), p0.offers
+        rig.device.scribble(3)
+        await rig.until(lambda: p0.offers == offers + 2)
+        loop.call_later(3 * LIMIT_S, p0.hold.set)
+        await asyncio.sleep(4 * LIMIT_S)
+        assert p0.offers == offers + 2
+        assert len(rig.pieces) > n
+        assert rig.server.volumes[VOL].record.done.lsid == rig.device.latest
 
     play(tmp_path, scenario, n_proxies=2)
 

@@ -156,8 +156,9 @@ async def test_whether_a_proxy_is_gone_or_refuses(tmp_path: Path) -> None:
         assert caught.value.retry_max_s == ASK_AGAIN_S
         assert "not now" in str(caught.value.facts["reasons"])
         assert proxies.suspected == [gone]
-        stack, _, address = await _connect(shared, Listed(gone, rig.proxies[1].address, rig.proxy.address), offer)
-        assert address == rig.proxy.address
+        addresses = [gone, rig.proxies[1].address, rig.proxy.address]
+        stack, _, tried = await _connect(shared, Listed(*addresses), offer)
+        assert tried == addresses
         await stack.aclose()
 
 
