@@ -34,6 +34,7 @@ log = structlog.get_logger()
 
 BATCH_MAX_B: Final = 4 * MIB
 RECORD_MAX_B: Final = 1 * MIB
+UNSYNCED_MAX_B: Final = 4096 * MIB  # of log that is not permanent: the next start looks no further (FORGET_MAX_B)
 _SLOW_WRITE_S: Final = 0.05  # a write from the loop that took longer: the disk makes writers wait
 _SLOW_PAUSE_S: Final = 1.0  # for so long then, all writes go to threads
 
@@ -200,6 +201,9 @@ class LogStage:
             if self._data.pending_b >= self._pending_max_b:
                 self.want_sync()  # what is pending may wait for it
                 self._data.hurry()
+                return
+            if (core.lsids.latest - core.lsids.permanent) * core.superblock.pbs >= UNSYNCED_MAX_B:
+                self.want_sync()
                 return
             if not self._write_some():
                 return
@@ -408,6 +412,8 @@ class LogStage:
                 lsids.permanent = target
                 self._tell_waiters()
                 core.log_advanced.set()
+                if self._queue:
+                    self.kick()
             if self._waiters and self._waiters[0].lsid <= lsids.completed:
                 self._sync_wanted = True
             core.settled.set()

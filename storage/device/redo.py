@@ -42,7 +42,8 @@ from walbd.ids import Lsid
 from walbd.storage.device.superblocks import write_superblocks
 from walbd.units import LB, MIB
 
-# What can lie above the end: all that was in flight. The kernel driver allows 2 GiB of pending IO at most.
+# What can lie above the end: all that was in flight. The kernel driver allows 2 GiB of pending IO at most, our log
+# stage 4 GiB of log that is not permanent, and one batch more.
 FORGET_MAX_B: Final = 4608 * MIB
 
 FP_BEFORE_BATCH: Final = failpoints.register(

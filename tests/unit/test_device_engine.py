@@ -257,6 +257,24 @@ def test_writes_wait_while_the_data_stage_is_behind() -> None:
     device(body, tuning=Tuning(pending_max_b=16384, flush_interval_b=1 << 20, flush_interval_s=3600))
 
 
+def test_writes_wait_when_too_much_log_is_not_permanent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start after a crash looks through so much above the end, and no more."""
+    monkeypatch.setattr(log_stage, "UNSYNCED_MAX_B", 8 * LB)
+    monkeypatch.setattr(log_stage, "BATCH_MAX_B", 2 * LB)
+
+    async def body(engine: Engine, client: Client) -> None:
+        lsids = engine.core.lsids
+        ops = [write_op(i, block(i)) for i in range(40)]
+        for op in ops:
+            client.submit(op)
+        for op in ops:
+            assert await client.answered(op) == 0
+            assert lsids.latest - lsids.permanent <= 8 + 2
+
+    rare = Tuning(flush_interval_s=3600, flush_interval_b=1 << 40)
+    device(body, tuning=rare)
+
+
 def test_freeze_holds_writes_and_drains() -> None:
     async def body(engine: Engine, client: Client) -> None:
         await client.write(0, block(1))
