@@ -190,11 +190,11 @@ class ArchiveRig:
     async def settled(self, volume: str = "vol0") -> None:
         """Wait until nothing is at work for a volume: a client that has left knows nothing of that."""
         machine = self.volume(volume).machine
-        await machine.wait_for(lambda: machine.at_rest, timeout_s=20, what="the end of all work")
+        await machine.wait_for(lambda: machine.at_rest, timeout_s=60, what="the end of all work")
 
     async def idle(self) -> None:
         """Wait until every job has ended: a client may have the last message of one a moment before."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.server.jobs.idle()
 
 

@@ -22,11 +22,11 @@ class Gate:
     def stand(self) -> None:
         """Wait here for the test."""
         self._reached.set()
-        assert self.open.wait(20)
+        assert self.open.wait(120)
 
     async def wait(self) -> None:
         """Return when a thread stands at the gate."""
-        assert await asyncio.to_thread(self._reached.wait, 20)
+        assert await asyncio.to_thread(self._reached.wait, 120)
 
 
 @contextmanager

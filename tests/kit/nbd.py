@@ -23,7 +23,7 @@ class NbdError(Exception):
 class NbdClient:
     """A connection to one export; offsets and sizes are bytes."""
 
-    def __init__(self, address: str | tuple[str, int], export: str = "", *, timeout_s: float = 30.0) -> None:
+    def __init__(self, address: str | tuple[str, int], export: str = "", *, timeout_s: float = 120.0) -> None:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self._sock = socket.socket(family, socket.SOCK_STREAM)
         self._sock.settimeout(timeout_s)

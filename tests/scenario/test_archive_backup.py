@@ -117,7 +117,7 @@ async def test_progress_counts_what_is_written(rig: ArchiveRig) -> None:
         await conn.call(LogReset(uuid=UUID))
         await send_chunk(conn, 0, IMAGE[:16384], lz4_packed=True)
         volume = rig.volume(VOL)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (await rig.call(c.GetProgress(volume=VOL))).value < 32:
                 pass
         assert volume.progress_lb == 32

@@ -257,7 +257,7 @@ async def test_merge_that_ends_between_choosing_and_opening(feed: Feed, monkeypa
         if len(diffs) == 6:
             plan = plan_merge(volume, 0)
             job = Job(99, "merge", VOL, 0, Signal())
-            asyncio.run_coroutine_threadsafe(run_merge(volume, plan, job), loop).result(20)
+            asyncio.run_coroutine_threadsafe(run_merge(volume, plan, job), loop).result(120)
         return real(volume, diffs, files)
 
     with monkeypatch.context() as patch:

@@ -41,7 +41,7 @@ async def group(tmp_path: Path) -> AsyncIterator[Group]:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Return when it is true: for what tells nobody that it waits."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -99,7 +99,7 @@ async def test_a_round_that_waits_keeps_no_wdiffs_of_others_waiting(tmp_path: Pa
         with machine.action("Apply", 0):
             number = (await group[0].call(group.request(1))).job
             await until(lambda: bool(machine.changed._waiters))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await other.step()
         assert (await group[0].ended(number)).state is JobState.DONE
         assert await group.check(feed, 1) == [0, 2]
@@ -201,7 +201,7 @@ async def test_wdiffs_of_another_history_are_held_while_a_replication_may_bring_
         await conn.call(ReplicateLatest())
         assert await feed.send_to(group[1], -1) == [Verdict.NOT_READY]
     machine = group.volume(1)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await machine.machine.changed.wait_for(lambda: not machine.replications)
     assert await feed.send_to(group[1], -1) == [Verdict.DIFFERENT_UUID]
 
@@ -296,7 +296,7 @@ async def test_wdiffs_that_are_read_back_leave_threads_to_reception(
         def slow(sink: WdiffSink) -> None:
             if next(standing) == 3:
                 gate.stand()
-            assert gate.open.wait(20)
+            assert gate.open.wait(120)
             real(sink)
 
         monkeypatch.setattr(WdiffSink, "finish", slow)
@@ -306,7 +306,7 @@ async def test_wdiffs_that_are_read_back_leave_threads_to_reception(
             await gate.wait()
             other = Feed(rig, name="v9", seed=9)
             await other.init()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await other.full_backup()
             gate.open.set()
         monkeypatch.undo()

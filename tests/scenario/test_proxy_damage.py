@@ -178,7 +178,7 @@ async def test_what_was_replaced_during_the_second_look_stays(
         def slow(fs: FileSystem, path: Path) -> bool:
             found = is_good(fs, path)
             looking.set()
-            assert go_on.wait(20)
+            assert go_on.wait(120)
             return found
 
         is_good = volume_module.is_good

@@ -140,9 +140,9 @@ async def test_a_copy_waits_for_its_place_at_the_destination(tmp_path: Path) -> 
             with group[0].server._replications.turn() as turn:
                 await turn.comes()
                 job = (await group[0].call(group.request(1))).job
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     await stack.enter_context(slots.turn()).comes()  # a backup begins meanwhile
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await slots.changed.wait_for(lambda: slots.waiting == 1)
             assert group.volume(1).machine.during is None
         assert (await group[0].ended(job)).state is JobState.DONE

@@ -81,7 +81,7 @@ async def test_requests_that_all_daemons_answer() -> None:
             (tag, "c0", 1) for tag in ("get-host-type", "get-pid", "get-state", "get-version")
         ]
         await ask(ShutdownRequest(how=ShutdownHow.FORCE))
-        async with asyncio.timeout(20):  # it ends after the answer
+        async with asyncio.timeout(60):  # it ends after the answer
             assert await shutdown.requested() is ShutdownMode.FORCE
         await server.stop(force=True)
     env.pools.close()

@@ -41,7 +41,7 @@ except WalbError as exc:
 def start(what: str, notify: Path) -> tuple[subprocess.Popen[str], socket.socket]:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.bind(str(notify))
-    sock.settimeout(30)
+    sock.settimeout(120)
     child = subprocess.Popen(
         [sys.executable, "-c", DAEMON, what],
         stdout=subprocess.PIPE,
@@ -59,7 +59,7 @@ def test_ready_then_stopped_by_a_signal(tmp_path: Path, signum: signal.Signals) 
         assert b"READY=1" in sock.recv(100)
         child.send_signal(signal.SIGHUP)  # harmless
         child.send_signal(signum)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=120)
         assert b"STOPPING=1" in sock.recv(100)
     assert (child.returncode, out) == (0, "stopped force\n")
     assert "daemon.stopped" in err
@@ -76,7 +76,7 @@ def test_ready_then_stopped_by_a_signal(tmp_path: Path, signum: signal.Signals) 
 def test_a_failure_ends_the_process_and_is_told(tmp_path: Path, what: str, code: int, text: str) -> None:
     child, sock = start(what, tmp_path / "n")
     with sock:
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=120)
     assert child.returncode == code, err
     assert text in out
     if what == "callback":

@@ -121,7 +121,7 @@ async def test_what_follows_the_handshake_may_be_there_before_the_welcome_has_go
     async with serving({GetJobs: no_jobs}) as (env, server, address), dial(env, ME, address) as conn:
         reply = asyncio.ensure_future(conn.call(GetJobs(), bytes(1 << 20)))
         (stream,) = cast(list[SocketStream], list(server._streams))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not stream._frames and stream._end is None:  # noqa: ASYNC110 - nobody is told of it
                 await asyncio.sleep(0.001)
         go_on.set()

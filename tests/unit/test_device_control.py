@@ -79,7 +79,7 @@ async def serving(directory: Path) -> AsyncIterator[Rig]:
     env, shutdown = Env(), Shutdown()
     config = load_config(env.fs, directory)
     server = DeviceServer(config, directory, env, shutdown)
-    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(240), asyncio.TaskGroup() as tasks:
         await server.start(tasks)
         try:
             yield Rig(directory, server, shutdown, env)

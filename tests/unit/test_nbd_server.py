@@ -100,7 +100,7 @@ async def serving(directory: Path, **options: Any) -> AsyncIterator[Rig]:
             addresses.append(Address(host="127.0.0.1", port=0))
         await server.listen(tasks, addresses)
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 yield Rig(directory, engine, server)
         finally:
             server.abort()
@@ -127,7 +127,7 @@ def take(sock: socket.socket, n: int) -> bytes:
 def negotiated(path: str, *, structured: bool = False) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     try:
-        sock.settimeout(30)
+        sock.settimeout(120)
         sock.connect(path)
         negotiate(sock, structured)
     except BaseException:
@@ -500,7 +500,7 @@ async def test_silent_clients_are_dropped(tmp_path: Path) -> None:
 
         def silent() -> bytes:
             with socket.socket(socket.AF_UNIX) as sock:
-                sock.settimeout(30)
+                sock.settimeout(120)
                 sock.connect(rig.path)
                 take(sock, 18)
                 return sock.recv(1)
@@ -588,7 +588,7 @@ def make_certificates(directory: Path) -> tuple[str, str, str]:
 
 
 def tls_session(work: Callable[[Any], T], files: tuple[str, str, str], port: int) -> T:
-    sock = socket.create_connection(("127.0.0.1", port), timeout=30)
+    sock = socket.create_connection(("127.0.0.1", port), timeout=120)
     take(sock, 18)
     sock.sendall(struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 3, 0))
     assert struct.unpack(">QIII", take(sock, 20))[2] == 0x80000005  # TLS is required

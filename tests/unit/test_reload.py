@@ -171,7 +171,7 @@ async def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file, owner = opened(tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "n"))
-        sock.settimeout(10)
+        sock.settimeout(120)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
         file.write("count = 0\n")
         with pytest.raises(ConfigError):
@@ -274,7 +274,7 @@ def test_sighup(tmp_path: Path) -> None:
     path.write_text(base)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(notify))
-        sock.settimeout(30)
+        sock.settimeout(120)
         child = subprocess.Popen(
             [sys.executable, "-m", "walbd.cli", "proxy", "--config", str(path)],
             stderr=subprocess.PIPE,
@@ -291,7 +291,7 @@ def test_sighup(tmp_path: Path) -> None:
                 assert sock.recv(200).startswith(b"RELOADING=1")
                 assert sock.recv(200) == b"READY=1"
             child.send_signal(signal.SIGTERM)
-            _, err = child.communicate(timeout=30)
+            _, err = child.communicate(timeout=120)
         finally:
             child.kill()
     assert child.returncode == 0, err

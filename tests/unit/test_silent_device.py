@@ -17,7 +17,7 @@ from walbd.storage.device.config import control_address, nbd_address
 from walbd.storage.device.userspace import UserspaceDevice, device_me
 
 SHORT_S = 0.05
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Silent:
