@@ -18,7 +18,7 @@ class DiffSet:
         """Begin with what a directory holds."""
         self._index = diffs if diffs is not None else DiffIndex()
         self._receipts: dict[Diff, int] = dict.fromkeys(self._index, receipt)
-        self._gid_e: int | None = None  # highest end, None: not known
+        self._newest: Diff | None = None  # None: not known, or none
 
     def __len__(self) -> int:
         return len(self._index)
@@ -40,13 +40,14 @@ class DiffSet:
     @property
     def gid_e(self) -> int:
         """The highest end gid; 0 for an empty set."""
-        if self._gid_e is None:
-            self._gid_e = max((diff.end.gid_b for diff in self._index), default=0)
-        return self._gid_e
+        newest = self.newest()
+        return newest.end.gid_b if newest is not None else 0
 
     def newest(self) -> Diff | None:
         """Return the diff that reaches furthest."""
-        return max(self._index, key=lambda diff: (diff.end.gid_b, diff.begin.gid_b), default=None)
+        if self._newest is None:
+            self._newest = max(self._index, key=_reach, default=None)
+        return self._newest
 
     def find(self, diff: Diff) -> Diff | None:
         """Return the diff between the same snapshots, with its own flags and time."""
@@ -63,8 +64,8 @@ class DiffSet:
         self._index.add(diff)
         self._receipts.pop(diff, None)  # the key is compared by its snapshots only
         self._receipts[diff] = receipt
-        if self._gid_e is not None:
-            self._gid_e = max(self._gid_e, diff.end.gid_b)
+        if self._newest is not None and _reach(diff) >= _reach(self._newest):
+            self._newest = diff
 
     def receipt(self, diff: Diff) -> int:
         """Return the number of the receipt that brought a diff which is here."""
@@ -78,11 +79,15 @@ class DiffSet:
                 del self._receipts[diff]
                 self._index.erase(diff)
                 removed.append(diff)
-        if removed:
-            self._gid_e = None
+        if self._newest in removed:
+            self._newest = None
         return removed
 
     def to_send(self, *, size_max_b: int, n_max: int) -> list[tuple[Diff, int]]:
         """Return what goes next as one diff, oldest first, with receipts; empty only if the set is."""
         diffs = self._index.to_send(size_max_b=size_max_b, n_max=n_max)
         return [(diff, self._receipts[diff]) for diff in diffs]
+
+
+def _reach(diff: Diff) -> tuple[int, int]:
+    return diff.end.gid_b, diff.begin.gid_b

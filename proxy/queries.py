@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -134,11 +135,15 @@ class Queries:
 
     async def status(self, _conn: Connection, request: GetStatus) -> StatusReply:
         volumes = [self._find(request.volume)] if request.volume else self._sorted()
+        rows = []
+        for volume in volumes:
+            rows.append(volume_status(volume))
+            await asyncio.sleep(0)  # with all that may wait, one volume is enough for a turn of the loop
         return status_reply(
             self._me,
             self._env.clock,
             await self._server_facts(),
-            [volume_status(volume) for volume in volumes],
+            rows,
             waiting=[row for row in self._scheduler.waiting() if request.volume in ("", row.key.volume)],
         )
 
@@ -146,7 +151,10 @@ class Queries:
         return [volume for _, volume in sorted(self._volumes.items())]
 
     async def _server_facts(self) -> dict[str, Fact]:
-        config = self._config()
+        config, wdiffs_b = self._config(), 0
+        for volume in self._sorted():
+            wdiffs_b += waiting(volume)[1]
+            await asyncio.sleep(0)
         return {
             "base_dir": config.base_dir,
             "wdiff_send_size_max": config.wdiff_send_size_max,
@@ -157,7 +165,7 @@ class Queries:
             "free_reserve_b": config.free_reserve_b,
             "receiving": self._receiver.running,
             "sending": sum(volume.machine.running(WDIFF_SEND) for volume in self._volumes.values()),
-            "wdiffs_b": sum(waiting(volume)[1] for volume in self._volumes.values()),
+            "wdiffs_b": wdiffs_b,
             **await free_space(self._env, Path(config.base_dir)),
         }
 
@@ -221,8 +229,10 @@ def hop_status(hop: Hop) -> HopStatus:
 
 def waiting(volume: Volume) -> tuple[int, int]:
     """Return how many wdiffs a volume holds, and their size [byte]; one for several archives counts once."""
-    sets = [diffs for diffs in (volume.received, *(hop.diffs for hop in volume.hops.values())) if diffs]
-    if len(sets) <= 1:
-        return (len(sets[0]), sets[0].size_b) if sets else (0, 0)
-    diffs: dict[Diff, int] = {diff: diff.size_b for each in sets for diff in each}
-    return len(diffs), sum(diffs.values())
+    sets = sorted((volume.received, *(hop.diffs for hop in volume.hops.values())), key=len, reverse=True)
+    count, size_b = len(sets[0]), sets[0].size_b  # of an archive that is away it may be very many
+    for i, diffs in enumerate(sets[1:], 1):
+        for diff in diffs:
+            if not any(other.find(diff) is not None for other in sets[:i]):
+                count, size_b = count + 1, size_b + diff.size_b
+    return count, size_b

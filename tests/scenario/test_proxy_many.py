@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+import walbd.proxy.queries
 from tests.kit.fake_archive import FakeArchive
-from tests.kit.proxy_rig import WAIT_S, proxy
+from tests.kit.proxy_rig import CONTROL, WAIT_S, proxy
 from walbd.controller import constants as k
 from walbd.controller.client import Client
 from walbd.controller.replies import diffs_text
@@ -15,9 +19,9 @@ from walbd.controller.waiting import list_waiting
 from walbd.errors import WalbError
 from walbd.format.meta import Diff, DiffIndex, Snapshot
 from walbd.ids import Gid
-from walbd.protocol.control import Diffs, GetProxyDiff
+from walbd.protocol.control import Diffs, GetProxyDiff, GetStatus
 from walbd.proxy.diffs import DiffSet
-from walbd.proxy.queries import PAGE_MAX, page_of
+from walbd.proxy.queries import PAGE_MAX, Queries, page_of
 
 
 def some(count: int) -> list[Diff]:
@@ -47,6 +51,41 @@ async def test_a_day_of_diffs_is_listed(tmp_path: Path) -> None:
         assert received == []
         assert isinstance(error, WalbError)
         assert error.code == "not-found"
+
+
+async def test_a_status_lets_others_work_between_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for two archives that are both away takes long to be counted."""
+
+    async def at_once(*_: object) -> dict[str, Any]:
+        return {}
+
+    monkeypatch.setattr(walbd.proxy.queries, "free_space", at_once)
+    names = [f"vol{i}" for i in range(20)]
+    async with FakeArchive() as a0, proxy(tmp_path) as rig:
+        for name in names:
+            await rig.add(a0, volume=name)
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        queries = Queries(
+            rig.env,
+            CONTROL,
+            rig.config,
+            rig.server.volumes,
+            rig.server.find,
+            rig.server.scheduler,
+            rig.server.receiver,
+        )
+        task = asyncio.create_task(others())
+        status = await queries.status(None, GetStatus())  # type: ignore[arg-type]
+        task.cancel()
+        assert [v.volume for v in status.volumes] == sorted(names)
+        assert turns >= 2 * len(names)
 
 
 def test_diffs_of_one_begin_stay_together() -> None:

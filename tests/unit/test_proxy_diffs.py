@@ -1,11 +1,18 @@
 """Sets of wdiffs in memory."""
 
+import dataclasses
+from pathlib import Path
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kit.fake_archive import clean
+from walbd.daemon.env import Env
 from walbd.format.meta import DiffIndex
 from walbd.proxy.diffs import DiffSet
+from walbd.proxy.queries import waiting
+from walbd.proxy.store import ArchiveEntry
+from walbd.proxy.volume import Hop, Volume
 
 
 def test_empty() -> None:
@@ -45,5 +52,23 @@ def test_like_a_dictionary(steps: list[tuple[bool, int, int]]) -> None:
         assert set(diffs) == set(model)
         assert {diff: diffs.receipt(diff) for diff in diffs} == model
         assert diffs.gid_e == max((diff.end.gid_b for diff in model), default=0)
+        assert diffs.newest() == max(model, key=lambda diff: (diff.end.gid_b, diff.begin.gid_b), default=None)
         first = diffs.first
         assert (None if first is None else first.begin.gid_b) == min((d.begin.gid_b for d in model), default=None)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.frozensets(st.integers(0, 9)), min_size=1, max_size=4))
+def test_what_waits_for_several_archives_counts_once(gids: list[frozenset[int]]) -> None:
+    env = Env()
+    volume = Volume(env, "vol0", Path("/nowhere"))
+    sizes = {gid: 100 + gid for gid in range(10)}
+    sets = [
+        DiffSet(DiffIndex([dataclasses.replace(clean(g, g + 1), size_b=sizes[g]) for g in each])) for each in gids
+    ]
+    volume.received = sets[0]
+    entry = ArchiveEntry(address="127.0.0.1:1", compress="none")
+    volume.hops = {f"a{i}": Hop(f"a{i}", entry, diffs) for i, diffs in enumerate(sets[1:])}
+    union = frozenset[int]().union(*gids)
+    assert waiting(volume) == (len(union), sum(sizes[gid] for gid in union))
+    env.pools.close()
