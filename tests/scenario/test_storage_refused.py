@@ -269,6 +269,18 @@ async def test_an_implicit_snapshot_is_taken_while_writes_go_on(tmp_path: Path) 
         await rig.until_delivered()
 
 
+async def test_a_proxy_that_dies_in_a_transfer_is_looked_at_now(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "s", options={"proxy_check_interval_s": 3600.0, "probe_interval_s": 3600.0})
+    async with rig.running():
+        await rig.target()
+        await rig.until_delivered()
+        await rig.until(lambda: rig.proxy.host_type_calls == 1)
+        rig.proxy.abort_after_chunks = 1
+        rig.device.scribble(1)
+        await rig.until_delivered()
+        await rig.until(lambda: rig.proxy.host_type_calls == 2)
+
+
 async def test_a_kick_looks_for_proxies(tmp_path: Path) -> None:
     """Although it is long until the next look: what is back is used at once; what is not, is not waited for."""
     rig = Rig(tmp_path / "s", options={"proxy_check_interval_s": 3600.0, "probe_interval_s": 3600.0})
