@@ -143,7 +143,7 @@ class PolicyRequests:
         if request.gid not in {point.gid for point in volume.restorable(all_points=True)}:
             raise NotFound(
                 "this generation cannot be restored, so it cannot be held",
-                hint="see `walbc restorable --all`",
+                hint=f"`walbc restorable {volume.name} --all` lists those that can",
                 gid=request.gid,
             )
         hold = m.Hold(gid=request.gid, reason=request.reason, created=now, until=request.until)

@@ -20,6 +20,21 @@ class Config(DaemonConfig, frozen=True, kw_only=True, forbid_unknown_fields=True
     limit_b: Size = 128 << 20
 
 
+def test_wrong_words_have_hints(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(Config, write(tmp_path, 'base_dri = "/b"\n'), {})
+    assert caught.value.hint == "did you mean base_dir?"
+    with pytest.raises(ConfigError) as caught:
+        load(Config, write(tmp_path, "xyzzy = 1\n"), {})
+    assert caught.value.hint.startswith("known: base_dir, ")
+    with pytest.raises(ConfigError) as caught:
+        load(Config, None, {"peer": "h:1"})
+    assert caught.value.hint == "give --base-dir, or --config FILE"
+    with pytest.raises(ConfigError) as caught:
+        load(Config, path := write(tmp_path, 'peer = ["h:1"]\n'), {})
+    assert caught.value.hint == f"give --base-dir, or say it in {path}"
+
+
 MINIMAL = {"base_dir": "/b", "peer": "h:1,h:2"}
 
 

@@ -494,7 +494,7 @@ def test_no_target() -> None:
     )
     scene = Scene().part("s0", state="SyncReady")
     scene.jobs["s0"] = [job]
-    assert "full-backup has cancelled" in scene.only("no-target").text
+    assert "full-backup was given up" in scene.only("no-target").text
 
 
 def test_no_target_and_nobody_knows_who_it_should_be() -> None:

@@ -11,6 +11,7 @@ import tomllib
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -173,9 +174,10 @@ def _checked(cls: type[C], text: str, path: Path | None, options: Mapping[str, A
     known = {setting.name: setting for setting in settings(cls)}
     for name in values:
         if name not in known:
+            near = get_close_matches(name, known, n=1)
             raise ConfigError(
                 "unknown setting",
-                hint="known: " + ", ".join(sorted(known)),
+                hint=f"did you mean {near[0]}?" if near else "known: " + ", ".join(sorted(known)),
                 file=str(path),
                 setting=name,
             )
@@ -184,7 +186,8 @@ def _checked(cls: type[C], text: str, path: Path | None, options: Mapping[str, A
         value = values.get(name)
         if value is None:
             if setting.required:
-                raise ConfigError("a setting is missing", hint=f"give {setting.option}", setting=name)
+                hint = f"give {setting.option}, or " + (f"say it in {path}" if path else "--config FILE")
+                raise ConfigError("a setting is missing", hint=hint, setting=name)
             continue
         values[name] = _convert(setting, value)
     try:

@@ -8,6 +8,7 @@ from walbd.controller.doctor.check_servers import LOG_WARN, format_left, time_le
 from walbd.controller.doctor.findings import Finding, finding
 from walbd.controller.doctor.steps import Consent, Ref, Step
 from walbd.controller.overview import Word
+from walbd.protocol.base import JobState
 from walbd.protocol.control import VolumeStatus
 from walbd.units import LB, format_size
 
@@ -250,7 +251,9 @@ def _target(case: Case, v: VolumeStatus) -> list[Finding]:
         evidence: dict[str, str | int] = {"state": v.state}
         if last is not None:
             evidence |= {"last_job": last.name, "job_state": str(last.state), "job_error": last.error}
-            text += f"; the last {last.name} has {last.state}" + (f": {last.error}" if last.error else "")
+            words = {JobState.DONE: "is done", JobState.CANCELLED: "was given up"}
+            how = words.get(last.state, f"has {last.state}")
+            text += f"; the last {last.name} {how}" + (f": {last.error}" if last.error else "")
         return [_backup_finding(case, "no-target", text, evidence, look_again=True)]  # or a backup begins
     return [*_not_sent(case, name, v), *_log(case, name, v)]
 
