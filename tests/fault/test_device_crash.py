@@ -109,8 +109,9 @@ async def work(engine: Engine, client: Client, promises: Promises, rng: random.R
             elif choice < 0.85:
                 await engine.take_checkpoint()
             elif choice < 0.9:
-                await engine.drain()
-                await engine.set_oldest(core.lsids.prev_written)
+                if rng.random() < 0.5:
+                    await engine.drain()
+                await engine.set_oldest(core.lsids.permanent)
             elif choice < 0.92:
                 await engine.reset_wal()
             elif choice < 0.94:

@@ -23,7 +23,7 @@ from walbd.format.superblock import (
     ring_size_pb,
 )
 from walbd.fs import OsFileSystem
-from walbd.ids import Lsid
+from walbd.ids import INVALID_LSID, Lsid
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
@@ -197,6 +197,14 @@ def test_devices_that_are_too_small(tmp_path: Path, size_b: int) -> None:
     with OsFileSystem().open(tmp_path / "ldev") as file, pytest.raises(CorruptData) as caught:
         read_superblock(file)
     assert caught.value.hint
+
+
+def test_a_log_at_the_end_of_all_lsids_is_refused(tmp_path: Path) -> None:
+    """Reading on from there would count past the last lsid; no device gets there in its life."""
+    for left in (1, 310, 619):
+        _write(tmp_path / "ldev", replace(SAMPLE, written_lsid=Lsid(INVALID_LSID - left)))
+        with OsFileSystem().open(tmp_path / "ldev") as file, pytest.raises(CorruptData, match="end of its range"):
+            read_superblock(file)
 
 
 @pytest.mark.parametrize("pbs", PBS_VALUES)

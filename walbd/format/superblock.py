@@ -276,4 +276,12 @@ def _read_at(file: ReadFile, offset_b: int, device_pbs: int | None) -> Superbloc
             size_b=size_b,
             expected_b=superblock.end_b,
         )
+    if superblock.written_lsid > INVALID_LSID - 2 * superblock.ring_size_pb:
+        raise CorruptData(
+            "the written lsid in the superblock is at the end of its range",
+            hint=_HINT,
+            path=path,
+            offset=offset_b,
+            written_lsid=superblock.written_lsid,
+        )
     return superblock
