@@ -62,10 +62,12 @@ async def send_stretch(
     info: DeviceInfo,
     transfer: Transfer,
     before_partial: Callable[[int], Awaitable[None]],
+    known: str = "",
 ) -> Sent:
     """Send the whole packs of a planned stretch to the best proxy that takes them; it has them durably on return.
 
     `before_partial(lsid)` is awaited before the end of a stretch that stops short of its snapshot is sent.
+    `known`: the error of the attempt before, of which nothing needs to be logged again.
     Raises ConnectError or Refused when no proxy takes it, CorruptData for a damaged log, and what breaks the
     connection. Cutting it short is safe at every point: the proxy then drops what it has, or has it all.
     """
@@ -80,7 +82,7 @@ async def send_stretch(
         lsid=transfer.begin.lsid,
         log_max_pb=transfer.limit - transfer.begin.lsid,
     )
-    stack, conn, tried = await _connect(shared, proxies, offer)
+    stack, conn, tried = await _connect(shared, proxies, offer, known)
     address = tried[-1]
     async with stack:
         try:
@@ -131,7 +133,7 @@ async def _finish(proxies: Proxies, conn: Connection, tried: Sequence[Address], 
 
 
 async def _connect(
-    shared: Shared, proxies: Proxies, offer: WlogOffer
+    shared: Shared, proxies: Proxies, offer: WlogOffer, known: str = ""
 ) -> tuple[AsyncExitStack, Connection, list[Address]]:
     """Connect to the first proxy, in the order of the configuration, that is there and accepts the offer.
 
@@ -151,7 +153,8 @@ async def _connect(
             except WalbError as exc:
                 if isinstance(exc, ConnectError | TimedOut):
                     proxies.suspect(address)
-                log.info("wlog.refused", volume=offer.volume, proxy=str(address), **error_fields(exc))
+                tell = log.debug if str(exc) in known else log.info  # it is tried every few seconds, for ever
+                tell("wlog.refused", volume=offer.volume, proxy=str(address), **error_fields(exc))
                 problems.append(exc)
     if not problems:
         raise ConnectError("no proxy is available", hint="see the status of the storage for each proxy")

@@ -184,6 +184,7 @@ class Worker:
                 info=info,
                 transfer=transfer,
                 before_partial=before_partial,
+                known=volume.send_error,
             )
         except BadLog as exc:
             await self._keep_block(volume, exc)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import walbd.storage.transfer as transfer_module
 import walbd.storage.volume as volume_module
 from tests.kit.mem_net import MemNetwork
 from tests.kit.storage_rig import VOL, Rig
@@ -19,9 +20,13 @@ from walbd.protocol.control import GetLatestSnap, GetStatus, TakeSnapshot
 HOUR_S = 3600
 
 
-def test_an_hour_of_refusals_leave_few_snapshots_and_right_answers(tmp_path: Path) -> None:
+def test_an_hour_of_refusals_leave_few_snapshots_and_right_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(rig: Rig, _net: MemNetwork) -> None:
         volume, loop = rig.server.volumes[VOL], asyncio.get_running_loop()
+        told: list[str] = []
+        monkeypatch.setattr(transfer_module.log, "info", lambda event, **_: told.append(event))
         rig.proxy.refusal = Refused("the disk is full")
         began = loop.time()
         gid, truth = 0, b""
@@ -30,6 +35,7 @@ def test_an_hour_of_refusals_leave_few_snapshots_and_right_answers(tmp_path: Pat
             await asyncio.sleep(10)
             if not gid and loop.time() > began + HOUR_S // 2:
                 gid, truth = (await rig.call(TakeSnapshot(volume=VOL))).gid, bytes(rig.device.data)
+        assert told.count("wlog.refused") < 5
         assert rig.proxy.offers > 500  # it never gives up
         queue = volume.record.queue
         assert len(queue) < 300
