@@ -72,7 +72,8 @@ def _blocks(text: str) -> Iterator[tuple[list[str], bool]]:
         else:
             commands.append(line)
     if commands:
-        yield commands, False
+        # Commands at the end are run, though nobody has written down yet what they say.
+        yield commands, any(shlex.split(command, comments=True) for command in commands)
 
 
 class Script:
@@ -433,9 +434,15 @@ def found_by(findings: Sequence[Finding]) -> list[str]:
 
 def main(args: list[str]) -> int:
     """Run files; with --rewrite, write down what was really said."""
+    paths = [Path(arg) for arg in args if not arg.startswith("--")]
+    if not paths or not {arg for arg in args if arg.startswith("--")} <= {"--rewrite", "--times"}:
+        print("usage: python -m tests.kit.script [--rewrite] [--times] FILE...", file=sys.stderr)
+        return 2
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        print(f"no such file: {', '.join(missing)}", file=sys.stderr)
+        return 2
     failed = 0
-    for name in [arg for arg in args if not arg.startswith("--")]:
-        path = Path(name)
+    for path in paths:
         with tempfile.TemporaryDirectory(prefix="walbd-scenario-") as root:
             got = run_script(path.read_text(), Path(root), times="--times" in args)
         diff = difference(path.read_text(), got, path.name)

@@ -165,7 +165,8 @@ def info(name: str, base_dir: Path, as_json: bool) -> None:
         print_json(facts)
         return
     lsids = facts.pop("lsids")
-    print_facts({**facts, **lsids})
+    shown = {name: ", ".join(value) if isinstance(value, list) else value for name, value in facts.items()}
+    print_facts({name: "-" if value == "" else value for name, value in (shown | lsids).items()})
 
 
 def _served_facts(found: Any) -> dict[str, Any]:
