@@ -10,25 +10,15 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset
 
+from extent cimport walb_extent
+from walb cimport WALB_LB, bytes_of, structs_of, to_bytes
+
 
 cdef extern from "wdiff.h" nogil:
     enum:
         WDIFF_PACK_B
         WDIFF_PACK_RECORDS
         WDIFF_INDEX_RECORD_B
-        EXT_NODATA
-
-    ctypedef struct walb_extent:
-        uint64_t address_lb
-        uint64_t data_b
-        uint32_t blocks_lb
-        uint32_t offset_lb
-        uint32_t orig_lb
-        uint32_t data_size_b
-        uint32_t checksum
-        uint16_t source
-        uint8_t flags
-        uint8_t kind
 
     ctypedef struct wdiff_pack_info:
         uint64_t end_lb
@@ -90,24 +80,6 @@ cdef extern from "wdiff.h" nogil:
                              size_t* n_zeros, wdiff_copy* fills, size_t* n_fills)
 
 
-cdef uint64_t _nothing[8]  # what pointers to empty buffers point to
-
-
-cdef const uint8_t* _bytes(const uint8_t[::1] data):
-    return &data[0] if data.shape[0] else <const uint8_t*>&_nothing[0]
-
-
-cdef const uint8_t* _structs(const uint8_t[::1] data, size_t size_b) except NULL:
-    cdef const uint8_t* p = _bytes(data)
-    if data.shape[0] % size_b or <size_t>p % 8:
-        raise ValueError("not an aligned array of whole structs")
-    return p
-
-
-cdef bytes _to_bytes(const void* data, size_t n, size_t size_b):
-    return PyBytes_FromStringAndSize(<const char*>data, <Py_ssize_t>(n * size_b))
-
-
 cdef void* _room(size_t n, size_t size_b) except NULL:
     cdef void* p = malloc(n * size_b + 8)
     if p == NULL:
@@ -134,7 +106,7 @@ def parse_pack(const uint8_t[::1] header not None, uint64_t data_b, uint16_t sou
     if code:
         return code, _record(info.bad_record), False, 0, end_lb, b""
     return (0, -1, bool(info.is_end), info.total_size_b, info.end_lb,
-            _to_bytes(out, info.n_records, sizeof(walb_extent)))
+            to_bytes(out, info.n_records, sizeof(walb_extent)))
 
 
 cdef object _record(uint32_t number):
@@ -148,7 +120,7 @@ def parse_index(const uint8_t[::1] records not None, uint64_t index_b, uint16_t 
     """
     cdef size_t n = records.shape[0] // WDIFF_INDEX_RECORD_B
     cdef wdiff_pack_info info
-    cdef const uint8_t* p = _bytes(records)
+    cdef const uint8_t* p = bytes_of(records)
     cdef bytes result
     cdef walb_extent* out
     cdef int code
@@ -169,7 +141,7 @@ def build_index(const uint8_t[::1] extents not None, uint32_t limit_lb, size_t a
 
     Begins at extent `at`, of which `done_lb` blocks are written already; returns (records, at, done_lb) to go on with.
     """
-    cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+    cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
     cdef size_t count
     cdef uint8_t* out
@@ -179,7 +151,7 @@ def build_index(const uint8_t[::1] extents not None, uint32_t limit_lb, size_t a
     try:
         with nogil:
             count = wdiff_build_index(e, n, limit_lb, &at, &done_lb, out, room)
-        return _to_bytes(out, count, WDIFF_INDEX_RECORD_B), at, done_lb
+        return to_bytes(out, count, WDIFF_INDEX_RECORD_B), at, done_lb
     finally:
         free(out)
 
@@ -192,7 +164,7 @@ def plan_images(const uint8_t[::1] extents not None, uint64_t gap_b):
     Images of one file that lie at most `gap_b` apart are read together. Returns (images, refs: the image of each
     extent, reads: (source, pieces) for each file, pieces being (offset, size, place in area 0), size of area 0).
     """
-    cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+    cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
     cdef size_t count
     cdef size_t n_pieces
@@ -214,8 +186,8 @@ def plan_images(const uint8_t[::1] extents not None, uint64_t gap_b):
         while i < count:
             first = i
             n_pieces = wdiff_plan_reads(images, count, &i, gap_b, pieces, &at)
-            reads.append((images[first].source, _to_bytes(pieces, n_pieces, sizeof(wdiff_piece))))
-        return (bytearray(_to_bytes(images, count, sizeof(wdiff_image))), _to_bytes(refs, n, sizeof(uint32_t)),
+            reads.append((images[first].source, to_bytes(pieces, n_pieces, sizeof(wdiff_piece))))
+        return (bytearray(to_bytes(images, count, sizeof(wdiff_image))), to_bytes(refs, n, sizeof(uint32_t)),
                 reads, at)
     finally:
         free(keys)
@@ -229,7 +201,7 @@ def plan_images_in_place(const uint8_t[::1] extents not None, uint64_t base_b, u
 
     Returns (images, refs).
     """
-    cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+    cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
     cdef size_t count
     cdef size_t i
@@ -248,7 +220,7 @@ def plan_images_in_place(const uint8_t[::1] extents not None, uint64_t base_b, u
             count = wdiff_plan_images(e, n, keys, images, refs)
             for i in range(count):
                 images[i].stored_at = images[i].data_b - base_b
-        return bytearray(_to_bytes(images, count, sizeof(wdiff_image))), _to_bytes(refs, n, sizeof(uint32_t))
+        return bytearray(to_bytes(images, count, sizeof(wdiff_image))), to_bytes(refs, n, sizeof(uint32_t))
     finally:
         free(keys)
         free(images)
@@ -257,9 +229,9 @@ def plan_images_in_place(const uint8_t[::1] extents not None, uint64_t base_b, u
 
 def check_images(const uint8_t[::1] images not None, const uint8_t[::1] stored not None):
     """Return the number of the first image whose bytes in area 0 do not have its checksum, or -1."""
-    cdef const wdiff_image* im = <const wdiff_image*>_structs(images, sizeof(wdiff_image))
+    cdef const wdiff_image* im = <const wdiff_image*>structs_of(images, sizeof(wdiff_image))
     cdef size_t n = images.shape[0] // sizeof(wdiff_image)
-    cdef const uint8_t* data = _bytes(stored)
+    cdef const uint8_t* data = bytes_of(stored)
     cdef uint64_t size_b = stored.shape[0]
     cdef size_t bad
     for bad in range(n):
@@ -273,9 +245,9 @@ def check_images(const uint8_t[::1] images not None, const uint8_t[::1] stored n
 def check_extents(const uint8_t[::1] extents not None, const uint8_t[::1] data not None, uint64_t base_b):
     """Return the number of the first extent whose stored bytes do not have its checksum, or -1; `data` is what
     lies at `base_b` of the file."""
-    cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+    cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
-    cdef const uint8_t* p = _bytes(data)
+    cdef const uint8_t* p = bytes_of(data)
     cdef uint64_t size_b = data.shape[0]
     cdef size_t bad
     for bad in range(n):
@@ -293,12 +265,12 @@ def plan_flat(const uint8_t[::1] extents not None, const uint8_t[::1] refs not N
 
     Returns (jobs: payloads to decompress, copies to make after them, size that area 1 needs).
     """
-    cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+    cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
     cdef size_t n_images = images.shape[0] // sizeof(wdiff_image)
-    cdef wdiff_image* im = <wdiff_image*>_structs(images, sizeof(wdiff_image))
-    cdef const uint32_t* ref = <const uint32_t*>_structs(refs, sizeof(uint32_t))
-    cdef const uint64_t* target = <const uint64_t*>_structs(targets, sizeof(uint64_t))
+    cdef wdiff_image* im = <wdiff_image*>structs_of(images, sizeof(wdiff_image))
+    cdef const uint32_t* ref = <const uint32_t*>structs_of(refs, sizeof(uint32_t))
+    cdef const uint64_t* target = <const uint64_t*>structs_of(targets, sizeof(uint64_t))
     cdef size_t n_jobs = 0
     cdef size_t n_copies = 0
     cdef wdiff_job* jobs = NULL
@@ -311,7 +283,7 @@ def plan_flat(const uint8_t[::1] extents not None, const uint8_t[::1] refs not N
         copies = <wdiff_copy*>_room(n, sizeof(wdiff_copy))
         with nogil:
             wdiff_plan_flat(e, ref, n, im, target, jobs, &n_jobs, copies, &n_copies, &raw_b)
-        return _to_bytes(jobs, n_jobs, sizeof(wdiff_job)), _to_bytes(copies, n_copies, sizeof(wdiff_copy)), raw_b
+        return to_bytes(jobs, n_jobs, sizeof(wdiff_job)), to_bytes(copies, n_copies, sizeof(wdiff_copy)), raw_b
     finally:
         free(jobs)
         free(copies)
@@ -329,10 +301,10 @@ cdef int _check_refs(const uint32_t* ref, size_t n_refs, size_t n, size_t n_imag
 
 def copy_all(const uint8_t[::1] copies not None, const uint8_t[::1] stored not None, uint8_t[::1] raw not None):
     """Carry out copies: from area 0 or 1 to area 1; area 3 stands for zeros."""
-    cdef const wdiff_copy* c = <const wdiff_copy*>_structs(copies, sizeof(wdiff_copy))
+    cdef const wdiff_copy* c = <const wdiff_copy*>structs_of(copies, sizeof(wdiff_copy))
     cdef size_t n = copies.shape[0] // sizeof(wdiff_copy)
-    cdef const uint8_t* a0 = _bytes(stored)
-    cdef uint8_t* a1 = <uint8_t*>_bytes(raw)
+    cdef const uint8_t* a0 = bytes_of(stored)
+    cdef uint8_t* a1 = <uint8_t*>bytes_of(raw)
     cdef uint64_t n0 = stored.shape[0]
     cdef uint64_t n1 = raw.shape[0]
     cdef uint64_t n_from
@@ -358,11 +330,11 @@ def plan_pack(const uint8_t[::1] extents not None, const uint8_t[::1] refs not N
     Returns (items, jobs: payloads to decompress into area 1, size of area 1, todo: (area, place, size) of each range
     to compress).
     """
-    cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+    cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
     cdef size_t n_images = images.shape[0] // sizeof(wdiff_image)
-    cdef wdiff_image* im = <wdiff_image*>_structs(images, sizeof(wdiff_image))
-    cdef const uint32_t* ref = <const uint32_t*>_structs(refs, sizeof(uint32_t))
+    cdef wdiff_image* im = <wdiff_image*>structs_of(images, sizeof(wdiff_image))
+    cdef const uint32_t* ref = <const uint32_t*>structs_of(refs, sizeof(uint32_t))
     cdef size_t n_jobs = 0
     cdef size_t n_todo = 0
     cdef size_t i
@@ -382,8 +354,8 @@ def plan_pack(const uint8_t[::1] extents not None, const uint8_t[::1] refs not N
                 todo[3 * n_todo + 1] = items[i].at
                 todo[3 * n_todo + 2] = items[i].size_b
                 n_todo += 1
-        return (bytearray(_to_bytes(items, n, sizeof(wdiff_item))), _to_bytes(jobs, n_jobs, sizeof(wdiff_job)), raw_b,
-                _to_bytes(todo, n_todo, 24))
+        return (bytearray(to_bytes(items, n, sizeof(wdiff_item))), to_bytes(jobs, n_jobs, sizeof(wdiff_job)), raw_b,
+                to_bytes(todo, n_todo, 24))
     finally:
         free(jobs)
         free(items)
@@ -404,15 +376,15 @@ def settle(uint8_t[::1] items not None, const uint8_t[::1] results not None, uin
            const uint8_t[::1] stored not None, const uint8_t[::1] raw not None, const uint8_t[::1] packed not None):
     """Take over what compressing the todo ranges gave, two u64 each: place in area 2 and size, or size 0 where it did
     not shrink and stays as it is; no results at all mean that nothing is to be compressed. Sets the checksums."""
-    cdef wdiff_item* t = <wdiff_item*>_structs(items, sizeof(wdiff_item))
+    cdef wdiff_item* t = <wdiff_item*>structs_of(items, sizeof(wdiff_item))
     cdef size_t n = items.shape[0] // sizeof(wdiff_item)
-    cdef const uint64_t* result = <const uint64_t*>_structs(results, 16)
+    cdef const uint64_t* result = <const uint64_t*>structs_of(results, 16)
     cdef size_t n_results = results.shape[0] // 16
     cdef const uint8_t* areas[3]
     cdef uint64_t sizes[3]
     cdef size_t todo = 0
     cdef size_t i
-    areas[0], areas[1], areas[2] = _bytes(stored), _bytes(raw), _bytes(packed)
+    areas[0], areas[1], areas[2] = bytes_of(stored), bytes_of(raw), bytes_of(packed)
     sizes[0], sizes[1], sizes[2] = stored.shape[0], raw.shape[0], packed.shape[0]
     _check_items(t, n, sizes)
     for i in range(n):
@@ -429,7 +401,7 @@ def settle(uint8_t[::1] items not None, const uint8_t[::1] results not None, uin
 def gather(const uint8_t[::1] items not None, const uint8_t[::1] stored not None, const uint8_t[::1] raw not None,
            const uint8_t[::1] packed not None, bint header):
     """Return the stored data of settled items, one after the other; with `header`, a whole pack."""
-    cdef const wdiff_item* t = <const wdiff_item*>_structs(items, sizeof(wdiff_item))
+    cdef const wdiff_item* t = <const wdiff_item*>structs_of(items, sizeof(wdiff_item))
     cdef size_t n = items.shape[0] // sizeof(wdiff_item)
     cdef const uint8_t* areas[3]
     cdef uint64_t sizes[3]
@@ -437,7 +409,7 @@ def gather(const uint8_t[::1] items not None, const uint8_t[::1] stored not None
     cdef size_t i
     cdef bytes result
     cdef uint8_t* out
-    areas[0], areas[1], areas[2] = _bytes(stored), _bytes(raw), _bytes(packed)
+    areas[0], areas[1], areas[2] = bytes_of(stored), bytes_of(raw), bytes_of(packed)
     sizes[0], sizes[1], sizes[2] = stored.shape[0], raw.shape[0], packed.shape[0]
     if header and not 0 < n <= WDIFF_PACK_RECORDS:
         raise ValueError("a pack has 1 to 127 records")
@@ -459,14 +431,14 @@ def relocate(const uint8_t[::1] extents not None, const uint8_t[::1] items not N
     """Return the extents as they are after the gathered data of `items` (one each) was written at `at_b` of the file
     number `source`; each must be a whole image."""
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
-    cdef const wdiff_item* t = <const wdiff_item*>_structs(items, sizeof(wdiff_item))
+    cdef const wdiff_item* t = <const wdiff_item*>structs_of(items, sizeof(wdiff_item))
     cdef bytes result
     cdef walb_extent* e
     cdef size_t i
-    _structs(extents, sizeof(walb_extent))
+    structs_of(extents, sizeof(walb_extent))
     if <size_t>items.shape[0] // sizeof(wdiff_item) != n:
         raise ValueError("one item for each extent")
-    result = _to_bytes(_bytes(extents), n, sizeof(walb_extent))
+    result = to_bytes(bytes_of(extents), n, sizeof(walb_extent))
     e = <walb_extent*><char*>result
     for i in range(n):
         if e[i].flags:
@@ -489,7 +461,7 @@ def plan_runs(const uint8_t[::1] extents not None, bint ignore_discard, uint32_t
     Returns (targets in area 1, runs: pieces (offset in the image, size, place in area 1), zeros: pieces without a
     place, fills: copies of zeros, size of area 1).
     """
-    cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+    cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
     cdef uint64_t* targets = NULL
     cdef wdiff_piece* runs = NULL
@@ -507,8 +479,8 @@ def plan_runs(const uint8_t[::1] extents not None, bint ignore_discard, uint32_t
         with nogil:
             size_b = wdiff_plan_runs(e, n, ignore_discard, zero_min_lb, targets, runs, &n_runs, zeros, &n_zeros,
                                      fills, &n_fills)
-        return (_to_bytes(targets, n, sizeof(uint64_t)), _to_bytes(runs, n_runs, sizeof(wdiff_piece)),
-                _to_bytes(zeros, n_zeros, sizeof(wdiff_piece)), _to_bytes(fills, n_fills, sizeof(wdiff_copy)), size_b)
+        return (to_bytes(targets, n, sizeof(uint64_t)), to_bytes(runs, n_runs, sizeof(wdiff_piece)),
+                to_bytes(zeros, n_zeros, sizeof(wdiff_piece)), to_bytes(fills, n_fills, sizeof(wdiff_copy)), size_b)
     finally:
         free(targets)
         free(runs)
@@ -521,7 +493,7 @@ def plan_window(const uint8_t[::1] extents not None, uint64_t begin_lb):
 
     Returns (targets, fills: copies of zeros over the ranges without data).
     """
-    cdef const walb_extent* e = <const walb_extent*>_structs(extents, sizeof(walb_extent))
+    cdef const walb_extent* e = <const walb_extent*>structs_of(extents, sizeof(walb_extent))
     cdef size_t n = extents.shape[0] // sizeof(walb_extent)
     cdef uint64_t* targets = NULL
     cdef wdiff_copy* fills = NULL
@@ -533,14 +505,14 @@ def plan_window(const uint8_t[::1] extents not None, uint64_t begin_lb):
         for i in range(n):
             if e[i].address_lb < begin_lb:
                 raise ValueError("an extent lies before the window")
-            targets[i] = (e[i].address_lb - begin_lb) * 512
+            targets[i] = (e[i].address_lb - begin_lb) * WALB_LB
             if e[i].flags:
                 fills[n_fills].area = 3
                 fills[n_fills].source = 0
                 fills[n_fills].to = targets[i]
-                fills[n_fills].size_b = <uint64_t>e[i].blocks_lb * 512
+                fills[n_fills].size_b = <uint64_t>e[i].blocks_lb * WALB_LB
                 n_fills += 1
-        return _to_bytes(targets, n, sizeof(uint64_t)), _to_bytes(fills, n_fills, sizeof(wdiff_copy))
+        return to_bytes(targets, n, sizeof(uint64_t)), to_bytes(fills, n_fills, sizeof(wdiff_copy))
     finally:
         free(targets)
         free(fills)

@@ -33,22 +33,6 @@ enum {
     WDIFF_BAD_IMAGE
 };
 
-static inline uint16_t load16(const uint8_t *p)
-{
-    uint16_t v;
-    memcpy(&v, p, 2);
-    return v;
-}
-static inline uint64_t load64(const uint8_t *p)
-{
-    uint64_t v;
-    memcpy(&v, p, 8);
-    return v;
-}
-static inline void store16(uint8_t *p, uint16_t v) { memcpy(p, &v, 2); }
-static inline void store32(uint8_t *p, uint32_t v) { memcpy(p, &v, 4); }
-static inline void store64(uint8_t *p, uint64_t v) { memcpy(p, &v, 8); }
-
 /* What the address, size and flags of every record must satisfy; *end_lb is where the previous one ended. */
 static inline int wdiff_check_range(uint64_t address_lb, uint32_t blocks_lb, uint8_t flags, uint64_t *end_lb)
 {
@@ -88,7 +72,7 @@ typedef struct {
  * the pack's data area. Returns a WDIFF_ code. */
 static inline int wdiff_parse_pack(const uint8_t *h, uint64_t data_b, uint16_t source, walb_extent *out, wdiff_pack_info *info)
 {
-    uint32_t i, n = load16(h + 4);
+    uint32_t i, n = walb_load16(h + 4);
     uint64_t sum = 0;
     int code;
     info->bad_record = UINT32_MAX;
@@ -107,7 +91,7 @@ static inline int wdiff_parse_pack(const uint8_t *h, uint64_t data_b, uint16_t s
         const uint8_t *r = h + 16 + 32 * i;
         walb_extent e = {0};
         uint32_t data_size_b = walb_load32(r + 20);
-        e.address_lb = load64(r);
+        e.address_lb = walb_load64(r);
         e.blocks_lb = walb_load32(r + 8);
         e.flags = r[12] & EXT_NODATA;
         info->bad_record = i;
@@ -149,7 +133,7 @@ static inline int wdiff_parse_index(const uint8_t *p, size_t n, uint64_t index_b
         info->bad_record = (uint32_t)i;
         if (walb_checksum(p, WDIFF_INDEX_RECORD_B, 0) != 0)
             return WDIFF_BAD_CHECKSUM;
-        e.address_lb = load64(p);
+        e.address_lb = walb_load64(p);
         e.blocks_lb = walb_load32(p + 8);
         e.flags = p[12] & EXT_NODATA;
         if ((code = wdiff_check_range(e.address_lb, e.blocks_lb, p[12], &info->end_lb)))
@@ -160,7 +144,7 @@ static inline int wdiff_parse_index(const uint8_t *p, size_t n, uint64_t index_b
             if (data_size_b || walb_load32(p + 32))
                 return WDIFF_BAD_DATA_SIZE;
         } else {
-            e.data_b = load64(p + 16);
+            e.data_b = walb_load64(p + 16);
             e.offset_lb = walb_load32(p + 28);
             e.orig_lb = walb_load32(p + 32);
             e.data_size_b = data_size_b;
@@ -199,18 +183,18 @@ static inline size_t wdiff_build_index(const walb_extent *e, size_t n, uint32_t 
         step = extent_aligned_step(address_lb, left, limit_lb);
         k++;
         memset(r, 0, WDIFF_INDEX_RECORD_B);
-        store64(r, address_lb);
-        store32(r + 8, step);
+        walb_store64(r, address_lb);
+        walb_store32(r + 8, step);
         r[12] = piece.flags;
         if (!piece.flags) {
             r[13] = piece.kind;
-            store64(r + 16, piece.data_b);
-            store32(r + 24, piece.data_size_b);
-            store32(r + 28, piece.offset_lb + *done_lb);
-            store32(r + 32, piece.orig_lb);
-            store32(r + 40, piece.checksum);
+            walb_store64(r + 16, piece.data_b);
+            walb_store32(r + 24, piece.data_size_b);
+            walb_store32(r + 28, piece.offset_lb + *done_lb);
+            walb_store32(r + 32, piece.orig_lb);
+            walb_store32(r + 40, piece.checksum);
         }
-        store32(r + 44, walb_checksum(r, WDIFF_INDEX_RECORD_B, 0));
+        walb_store32(r + 44, walb_checksum(r, WDIFF_INDEX_RECORD_B, 0));
         if (step == left) {
             ++*at;
             *done_lb = 0;
@@ -490,22 +474,22 @@ static inline void wdiff_build_pack(const wdiff_item *t, size_t n, uint8_t *h)
     size_t i;
     uint32_t sum = 0;
     memset(h, 0, WDIFF_PACK_B);
-    store16(h + 4, (uint16_t)n);
+    walb_store16(h + 4, (uint16_t)n);
     for (i = 0; i < n; i++) {
         uint8_t *r = h + 16 + 32 * i;
-        store64(r, t[i].address_lb);
-        store32(r + 8, t[i].blocks_lb);
+        walb_store64(r, t[i].address_lb);
+        walb_store32(r + 8, t[i].blocks_lb);
         r[12] = t[i].flags;
-        store32(r + 16, sum);
+        walb_store32(r + 16, sum);
         if (!t[i].flags) {
             r[13] = t[i].kind;
-            store32(r + 20, t[i].size_b);
-            store32(r + 24, t[i].checksum);
+            walb_store32(r + 20, t[i].size_b);
+            walb_store32(r + 24, t[i].checksum);
             sum += t[i].size_b;
         }
     }
-    store32(h + 8, sum);
-    store32(h, walb_checksum(h, WDIFF_PACK_B, 0));
+    walb_store32(h + 8, sum);
+    walb_store32(h, walb_checksum(h, WDIFF_PACK_B, 0));
 }
 
 static inline void wdiff_gather(const wdiff_item *t, size_t n, const uint8_t *const *areas, uint8_t *out)
