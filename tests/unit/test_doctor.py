@@ -256,8 +256,11 @@ def test_diffs_that_were_damaged_at_a_proxy() -> None:
     assert damaged.evidence["damaged"] == gap.evidence["missing"] == "10..11"
     assert "walbc hash-backup vol0 --storage s0" in damaged.by_hand
     assert (gap.code, gap.evidence["filled_from"]) == ("gap", "a1")
-    scene.part("a0", latest_gid=12)
+    scene.part("a0", latest_gid=12).hop("p0", "a0", diffs=0)
     assert scene.look() == []  # the archive has it from elsewhere
+    scene.hop("p0", "a0", diffs=1, error_text="another server answers")
+    assert scene.codes() == ["send-error"]
+    scene.hop("p0", "a0", diffs=0)
     scene.part("a1", latest_gid=10).waits("p0", "a1", diff(11, 12)).hop("p0", "a1", damaged=[(10, 11)], **flagged)
     found = {f.code: f for f in scene.look()}
     assert found.keys() == {"wdiff-damaged", "replica-gap"}

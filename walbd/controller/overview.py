@@ -338,7 +338,9 @@ class _Look:
             why = f"wdiffs for {hop.dest} were damaged: {hop.error_text}"
             hint = f"see wdiff-damaged in `walbc doctor {v.volume}`"
             word = worst([word, self.alarm(Word.ERROR, "wdiff-damaged", s.name, v.volume, why, hint)])
-        elif hop.error and not hop.damaged:
+        elif hop.error and (
+            hop.diffs or not hop.damaged
+        ):  # a damage that the archive is past stays until it answers
             why = hop.error_text or "the archive refused them"
             hint = f"put it right at {hop.dest}, then: walbc kick-all {s.name}"
             word = worst(

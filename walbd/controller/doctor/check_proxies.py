@@ -151,7 +151,8 @@ def _hop(case: Case, px: str, hop: HopStatus) -> list[Finding]:
         ]
     if case.damaged(px, hop.dest):
         return [_damaged(case, px, hop)]
-    if hop.error and not hop.damaged and case.holds(hop.dest) and not _is_smaller(case, hop.dest):
+    is_old = bool(hop.damaged) and not hop.diffs  # a damage that the archive is past stays until it answers again
+    if hop.error and not is_old and case.holds(hop.dest) and not _is_smaller(case, hop.dest):
         return [
             finding(
                 "send-error",
