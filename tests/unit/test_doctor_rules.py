@@ -426,3 +426,31 @@ def test_failed_jobs_that_tell_nothing(changes: dict[str, object]) -> None:
     assert scene.look() == []
     scene.jobs["a0"] = [JobInfo(**fields)]  # type: ignore[arg-type]
     assert scene.codes() == ["job-failed"]
+
+
+# What a backup waits for, and says
+
+
+def test_a_backup_waits_for_the_primary_and_for_proxies() -> None:
+    scene = Scene().part("s0", overflow=True)
+    assert by_code(scene)["overflow"].waits_for == ()
+    finding = by_code(scene.dead("p0"))["overflow"]
+    assert finding.waits_for == ("p0",)
+    assert "p0 may hold diffs that the archive still wants" in finding.by_hand
+    assert by_code(scene.dead("a0"))["overflow"].waits_for == ("p0", "a0")
+    assert by_code(Scene().part("s0", overflow=True).dead("a1"))["overflow"].waits_for == ()  # it has a base
+
+
+def test_an_only_archive_that_is_given_up() -> None:
+    scene = Scene(group_file(archives=1)).dead("a0")
+    finding = by_code(scene, lost=frozenset({"a0"}))["primary-data-lost"]
+    assert finding.evidence["state"] == "given up"
+    assert "set up a new archive under the name a0" in finding.by_hand
+    assert calls(finding)[-1] == "full_backup(s0, 'vol0')"
+
+
+def test_a_stopped_target_is_not_started_beside_others() -> None:
+    scene = Scene(group_file(storages=3, volume='target = "s0"')).part("s0", state="Stopped")
+    for s in ("s1", "s2"):
+        scene.part(s, state="Target")
+    assert scene.codes() == ["two-targets"]

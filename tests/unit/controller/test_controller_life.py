@@ -155,3 +155,13 @@ def test_shutdown(group: FakeGroup, capsys: pytest.CaptureFixture[str]) -> None:
 def test_set_full_scan_bps(group: FakeGroup) -> None:
     group.ctl.set_full_scan_bps(group.s[0], "3M")
     assert group.requests == [("s0", c.SetFullScanBps(bytes_per_s=3 << 20))]
+
+
+def test_a_stop_that_is_refused_is_no_stop(ready: FakeGroup) -> None:
+    """Only a volume that has stopped by itself in between is as good as one that was told to."""
+    px = ready.p[0]
+    ready.fail("p0", c.Stop, BadState("not in this state"))
+    with pytest.raises(BadState, match="not in this state"):
+        ready.ctl.stop_nbk(px, "vol0")
+    assert ready.ctl.get_state(px, "vol0") == "Started"
+    assert ready.ctl.stop_nbk(px, "vol0") == "Started"
