@@ -26,6 +26,11 @@ DISK_WARN: Final = 2  # times the reserve: less free space than that is told of
 LOG_WARN: Final = 0.7  # of the capacity
 LOG_ERROR: Final = 0.9
 JOB_FAILED_RECENTLY_S: Final = 3600
+# Jobs that end with an error because somebody wanted it so: they trouble nobody.
+AS_ASKED: Final = {
+    ("stop", BadState.code),  # it ended a backup: the volume is SyncReady then, and not Stopped
+    ("virt-full-scan", ConnectError.code),  # who read the image has gone, and knows it
+}
 
 
 class Word(StrEnum):
@@ -334,13 +339,12 @@ class _Look:
         text = f"{hop.diffs} diff{'s' * (hop.diffs != 1)}, {_behind(lag_s, hop.size_b)} to send"
         if hop.sending:
             text += ", sending"
+        is_old = bool(hop.damaged) and not hop.diffs  # unless missed: it stays until the archive answers again
         if self.misses(v.volume, hop):
             why = f"wdiffs for {hop.dest} were damaged: {hop.error_text}"
             hint = f"see wdiff-damaged in `walbc doctor {v.volume}`"
             word = worst([word, self.alarm(Word.ERROR, "wdiff-damaged", s.name, v.volume, why, hint)])
-        elif hop.error and (
-            hop.diffs or not hop.damaged
-        ):  # a damage that the archive is past stays until it answers
+        elif hop.error and not is_old:
             why = hop.error_text or "the archive refused them"
             hint = f"put it right at {hop.dest}, then: walbc kick-all {s.name}"
             word = worst(
@@ -504,8 +508,7 @@ class _Look:
                 job.state is JobState.FAILED
                 and newest[job.name, job.volume] is job
                 and now - job.ended < JOB_FAILED_RECENTLY_S
-                # A stop that ends a backup "fails", as the volume is SyncReady then and not Stopped.
-                and (job.name, job.error_code) != ("stop", BadState.code)
+                and (job.name, job.error_code) not in AS_ASKED
             ):
                 text = f"{job.name} failed at {format_time(job.ended)}: {job.error}"
                 word = self.alarm(Word.WARN, "job-failed", s.name, job.volume, text, job.hint)
