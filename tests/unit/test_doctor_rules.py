@@ -411,7 +411,15 @@ def test_how_old_work_is_tells_the_clock_of_its_server() -> None:
     assert "stuck" in [f.code for f in diagnose(dataclasses.replace(behind, before=behind))]
 
 
-@pytest.mark.parametrize("changes", [{"volume": "vol1"}, {"name": "stop"}, {"ended": NOW - 3600}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"volume": "vol1"},
+        {"name": "stop"},
+        {"ended": NOW - 3600},
+        {"name": "virt-full-scan", "error_code": "connect"},  # its reader was interrupted
+    ],
+)
 def test_failed_jobs_that_tell_nothing(changes: dict[str, object]) -> None:
     fields = {
         "job": 1,
@@ -454,3 +462,112 @@ def test_a_stopped_target_is_not_started_beside_others() -> None:
     for s in ("s1", "s2"):
         scene.part(s, state="Target")
     assert scene.codes() == ["two-targets"]
+
+
+# What copies are taken from, and what must be agreed to
+
+
+def test_what_copies_back_asks_first() -> None:
+    scene = two_volumes(Scene())
+    scene.server("a0", volumes=[scene.status["a0"].volumes[1]])
+    steps = by_code(scene)["primary-data-lost"].steps
+    assert [(step.method, step.consent) for step in steps] == [
+        ("stop_synchronizing", Consent.YES),
+        ("replicate", Consent.YES),
+    ]
+    broken = by_code(Scene().part("s0", state="Broken", error="torn").part("s1", state="Stopped"))[
+        "storage-broken"
+    ]
+    assert [(step.method, step.consent) for step in broken.steps] == [
+        ("clear", Consent.YES),
+        ("init_storage", Consent.NONE),
+        ("hash_backup", Consent.YES),
+    ]
+
+
+def test_the_newest_old_copy_is_copied_back() -> None:
+    three = group_file(archives=3, volume='target = "s0"\narchives = ["a0", "a1", "a2"]')
+    scene = two_volumes(Scene(three))
+    scene.server("a0", volumes=[scene.status["a0"].volumes[1]])
+    for name, gid in (("a1", 4), ("a2", 6)):
+        old = msgspec.structs.replace(scene.status[name].volumes[0], latest_gid=gid)
+        scene.server(name, volumes=[old, scene.status[name].volumes[1]])
+    finding = by_code(scene)["primary-data-lost"]
+    assert finding.evidence["old_copies"] == ["a1", "a2"]
+    assert "replicate(a2, 'vol0', a0, False)" in calls(finding)
+
+
+@pytest.mark.parametrize("changes", [{"archive_uuid": OTHER_LINEAGE}, {"uuid": OTHER_UUID}, {"latest_gid": 9}])
+def test_a_hole_is_filled_only_from_the_same_history(changes: dict[str, object]) -> None:
+    scene = Scene().part("a0", latest_gid=7).part("a1", **changes)
+    assert calls(by_code(scene)["gap"])[-1] == "hash_backup(s0, 'vol0')"
+
+
+def test_a_history_without_a_name_is_no_common_one() -> None:
+    scene = Scene().part("a0", latest_gid=7, archive_uuid="0" * 32).part("a1", archive_uuid="0" * 32)
+    assert calls(by_code(scene)["gap"])[-1] == "hash_backup(s0, 'vol0')"
+
+
+def test_nothing_is_copied_from_a_primary_that_holds_nothing() -> None:
+    found = by_code(Scene().forget("a1").part("a0", state="Broken", error="x"))
+    assert calls(found["secondary-data-lost"]) == ["stop_synchronizing(a1, 'vol0')"]
+
+
+@pytest.mark.parametrize(("gid", "consent"), [(2, Consent.YES), (3, Consent.NONE)])
+def test_copying_diffs_needs_no_consent(gid: int, consent: Consent) -> None:
+    """The base of the primary is generation 3: from there on it still has the diffs."""
+    assert only_fed(Scene(), "a0").part("a1", latest_gid=gid).only("replica-not-fed").consent is consent
+
+
+def test_a_replica_is_no_concern_while_the_log_is_lost() -> None:
+    """The backup that the target needs brings it what is missing, too."""
+    scene = Scene().part("a1", latest_gid=7)
+    assert scene.part("s0", lost="history-broken").codes() == ["orphan"]
+    assert scene.part("s0", lost="", overflow=True).codes() == ["overflow"]
+
+
+def test_what_only_a_backup_mends_waits_for_everybody() -> None:
+    scene = Scene().part("a0", latest_gid=7).part("a1", latest_gid=7).dead("s1")
+    assert by_code(scene)["gap"].waits_for == ("s1",)
+
+
+def test_a_broken_storage_does_not_stand_by() -> None:
+    scene = Scene().part("s0", overflow=True).part("s1", state="Broken", error="torn")
+    assert calls(by_code(scene)["overflow"]) == ["stop(s0, 'vol0')", "hash_backup(s0, 'vol0')"]
+
+
+def test_nobody_is_target_as_far_as_can_be_seen() -> None:
+    scene = Scene(group_file(storages=3, volume=""))
+    scene.part("s0", state="SyncReady").part("s1", state="SyncReady").forget("s2")
+    assert "no-target" in scene.codes()
+    assert "no-target" not in scene.dead("s2").codes()  # that may be it
+
+
+# Who is fed
+
+
+def test_the_primary_must_be_fed_by_all() -> None:
+    found = only_fed(Scene(), "a1").look()
+    assert [(f.code, f.server) for f in found if f.code == "archive-not-fed"] == [
+        ("archive-not-fed", "p0"),
+        ("archive-not-fed", "p1"),
+    ]
+    assert calls(found[0]) == ["add_archive_to_proxy(p0, 'vol0', a0)"]
+
+
+def test_an_archive_without_data_is_fed_later() -> None:
+    """First it gets a copy: what proxies keep for it before is kept for nothing."""
+    scene = Scene().part("a1", state="SyncReady")
+    scene.part("p1", hops=scene.status["p1"].volumes[0].hops[:1])
+    assert scene.codes() == ["secondary-data-lost"]
+
+
+def test_a_proxy_that_knows_a_volume_and_sends_it_nowhere() -> None:
+    assert calls(Scene().part("p0", hops=[]).only("proxy-data-lost")) == ["copy_archive_info(p1, 'vol0', p0)"]
+
+
+def test_proxies_are_not_told_anything_while_somebody_is_at_work() -> None:
+    scene = Scene().forget("p0").part("p1", state="WaitForEmpty")
+    job = JobInfo(job=1, name="stop", volume="vol0", state=JobState.RUNNING, started=NOW - 5)
+    scene.jobs["p1"] = [job]
+    assert scene.look() == []
