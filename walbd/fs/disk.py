@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import stat
@@ -146,7 +147,10 @@ class FileSystem(Protocol):
         """Return the space a file occupies on disk [byte]."""
 
     def make_dir(self, path: Path, *, parents: bool = False) -> None:
-        """Create a directory durably; an existing one raises AlreadyExists unless `parents`."""
+        """Create a directory durably, with `parents` those above it that are missing, too.
+
+        An existing one raises AlreadyExists unless `parents`.
+        """
 
     def remove_tree(self, path: Path) -> None:
         """Remove a directory and everything in it, and sync its parent; a missing one is fine."""
@@ -437,9 +441,13 @@ class OsFileSystem:
             return path.stat().st_blocks * 512
 
     def make_dir(self, path: Path, *, parents: bool = False) -> None:
+        made = [path]
         with disk_errors(path, "create a directory"):
+            if parents:
+                made += itertools.takewhile(lambda each: not each.exists(), path.parents)
             path.mkdir(parents=parents, exist_ok=parents)
-        _sync_dir(path.parent)
+        for each in made:
+            _sync_dir(each.parent)
 
     def remove_tree(self, path: Path) -> None:
         with disk_errors(path, "remove"):
