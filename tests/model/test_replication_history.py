@@ -182,6 +182,7 @@ class Life:
         while feed.gid <= max(self.group.volume(1).latest.begin.gid_b, 0) < 1 << 60:
             feed.snapshot()
             await feed.send()
+        await self.group[1].settled()  # it may just be giving up what a crash of the source has cut
         await self.group.replicate(0, 1)
         await self.check()
         newest = [max(await self.group[number].points(VOL)) for number in (0, 1)]
