@@ -59,7 +59,7 @@ class Directory:
 
     def survivor(self, rng: random.Random) -> Directory:
         after = Directory()
-        for name in {*self.now, *self.durable}:
+        for name in sorted({*self.now, *self.durable}):
             node = rng.choice([self.now, self.durable]).get(name)
             if node is not None:
                 after.now[name] = node.survivor(rng)
