@@ -97,10 +97,21 @@ def test_jobs(group: FakeGroup) -> None:
     assert group.ctl.overview().jobs == []
 
 
-@pytest.mark.parametrize(("code", "alarms"), [("bad-state", []), ("disk-failed", ["job-failed"])])
-def test_a_stop_that_ended_a_backup_alarms_nobody(group: FakeGroup, code: str, alarms: list[str]) -> None:
-    """It "fails", as the volume is SyncReady then, which is what was asked for. Other failures are told."""
-    stop = JobInfo(job=1, name="stop", volume="vol0", state=JobState.FAILED, started=1, ended=1, error_code=code)
+@pytest.mark.parametrize(
+    ("name", "code", "alarms"),
+    [
+        ("stop", "bad-state", []),
+        ("virt-full-scan", "connect", []),
+        ("stop", "disk-failed", ["job-failed"]),
+        ("virt-full-scan", "corrupt-data", ["job-failed"]),
+        ("replicate", "connect", ["job-failed"]),
+    ],
+)
+def test_what_ended_as_somebody_wanted_alarms_nobody(
+    group: FakeGroup, name: str, code: str, alarms: list[str]
+) -> None:
+    """A stop that ended a backup, a scan whose reader was interrupted. Other failures are told."""
+    stop = JobInfo(job=1, name=name, volume="vol0", state=JobState.FAILED, started=1, ended=1, error_code=code)
     replies = group.ctl.ask_each(group.layout.get_all(), c.GetStatus())
     s0 = group.s[0]
     reply = replies[s0]

@@ -160,7 +160,7 @@ class App:
             note(
                 f"interrupted, but {last.what} {last.volume} goes on; `walbc wait {last.server} {last.job}` waits"
             )
-        else:
+        elif last.what == "wait":
             see = f"walbc status {last.volume}".rstrip()
             note(f"interrupted; what was begun goes on, and nobody waits for {last.phase}; see `{see}`")
 

@@ -343,6 +343,18 @@ def test_interrupted_snapshot_says_so(ready: FakeGroup, walbc: Cli, monkeypatch:
     assert "nobody waits for generation 3 to be restorable at a0; see `walbc status vol0`" in result.err
 
 
+def test_interrupted_scan_says_nothing(ready: FakeGroup, walbc: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with us: nothing goes on, and nothing is left."""
+
+    def interrupted(self: Controller, *_: Any) -> None:
+        self.progress(Progress(what="scan", volume="vol0", server="a0", done=1, total=2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Controller, "virt_full_scan", interrupted)
+    result = walbc("scan", "vol0", "2", "/nowhere/image")
+    assert (result.code, result.err) == (130, "")
+
+
 def _remember_and(then: Callable[..., None]) -> Callable[..., None]:
     def shown(view: ProgressView, progress: Progress) -> None:
         view.last = progress

@@ -13,6 +13,7 @@ from walbd.controller.doctor.check_servers import check_servers
 from walbd.controller.doctor.check_storages import check_storages
 from walbd.controller.doctor.findings import Finding, finding
 from walbd.controller.doctor.observation import Intent, Observation
+from walbd.controller.overview import AS_ASKED
 from walbd.protocol.base import JobInfo, JobState
 from walbd.units import format_time
 
@@ -165,6 +166,8 @@ def _failed(case: Case) -> list[Finding]:
         last = {job.name: job for job in seen.jobs if job.volume == case.vol and job.name not in _TOLD_ELSEWHERE}
         now = seen.status.now if seen.status is not None else 0
         for job in last.values():
+            if (job.name, job.error_code) in AS_ASKED:
+                continue
             if job.state is JobState.FAILED and now - job.ended < JOB_NEWS_S:
                 found.append(
                     finding(
