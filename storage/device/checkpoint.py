@@ -60,6 +60,11 @@ class Checkpointer:
             self._core.check_alive()
             yield
 
+    async def settle(self) -> None:
+        """Return once nobody changes the superblock."""
+        async with self._lock:
+            pass
+
     async def _take(self) -> None:
         lsids = self._core.lsids
         written = lsids.written  # sampled before the sync: it may rise meanwhile

@@ -403,6 +403,9 @@ class Engine:
             for worker in self._workers:
                 worker.cancel()
             await asyncio.wait(self._workers)
+            # Also a device that has failed may be writing still, and descriptors are used again once closed.
+            await self.core.settled.wait_for(lambda: not self.log.is_writing)
+            await self.checkpoints.settle()
             self.core.ldev.close()
             self.core.ddev.close()
 

@@ -175,6 +175,11 @@ class LogStage:
         """True when no log write is running and, unless held, none is waiting."""
         return self._writing is None and (self._held or not self._queue)
 
+    @property
+    def is_writing(self) -> bool:
+        """True while a thread writes to the log device."""
+        return self._writing is not None
+
     def reset(self) -> None:
         """Start over with the core's superblock; nothing may be in flight."""
         assert self._writing is None
@@ -273,6 +278,10 @@ class LogStage:
         except (WalbError, OSError) as exc:
             self._writing = None
             self._write_failed(parts, exc)
+        except asyncio.CancelledError as exc:
+            self._writing = None
+            self._write_failed(parts, exc)  # it is in the log and not in the overlay: nothing may follow it
+            raise
         else:
             self._writing = None
             self._logged(batch, parts)

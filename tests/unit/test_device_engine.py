@@ -10,7 +10,7 @@ import pytest
 
 from tests.kit.device import DDEV, LDEV, Client, Op, make_disk, serving
 from tests.kit.simdisk import SimDisk
-from tests.kit.virtual import run
+from tests.kit.virtual import InlinePools, run
 from walbd.errors import BadState, Busy, DiskFailed, HistoryBroken, ReadOnlyDevice, Refused, Stopping, WalbError
 from walbd.format.superblock import read_superblock
 from walbd.protocol.nbd import Command, CommandFlag, Error, ExportFlag
@@ -600,6 +600,33 @@ def test_stop_leaves_nothing_to_redo() -> None:
     assert not disk.files[DDEV].versions
     assert bytes(disk.files[DDEV].durable[3 * LB : 4 * LB]) == block(5)
     assert not disk.files[LDEV].locked
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("what", ["write", "superblock"])
+def test_nothing_is_written_to_a_closed_file(what: str, seed: int) -> None:
+    """A device that has failed is stopped while a thread still writes to its log."""
+    disk = make_disk()
+
+    async def body(engine: Engine, client: Client) -> None:
+        await client.write(0, block(1))
+        await engine.drain()
+        engine.core.env.pools = InlinePools(random.Random(seed), turns_max=40)  # slow threads
+        other: asyncio.Future[None] = asyncio.ensure_future(asyncio.sleep(0))
+        if what == "write":
+            client.submit(write_op(1, block(2)))
+        else:
+            other = asyncio.ensure_future(engine.take_checkpoint())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        engine.core.fail(DiskFailed("simulated"), "a test")
+        await engine.stop()
+        ops = disk.ops
+        await asyncio.sleep(1)
+        await asyncio.gather(other, return_exceptions=True)
+        assert disk.ops == ops, disk.log[-3:]
+
+    device(body, disk, tuning=Tuning(inline_max_b=0), seed=seed)
 
 
 def test_exports() -> None:
