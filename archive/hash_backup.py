@@ -22,11 +22,12 @@ import structlog
 from walbd.archive.backup_offer import check_backup
 from walbd.archive.gaps import HASH_BACKUP, gaps_after
 from walbd.archive.pending import commit_pending
-from walbd.archive.receive import WdiffSink, grow, take_differences
+from walbd.archive.resize import grow
 from walbd.archive.slots import Slots
 from walbd.archive.states import SCAN, Command
 from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Volume, check_room
+from walbd.archive.wdiff_sink import WdiffSink, take_differences
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
 from walbd.daemon.tasks import uninterrupted

@@ -27,13 +27,14 @@ from walbd.archive.image_receiver import ImageReceiver
 from walbd.archive.image_sink import ImageSink
 from walbd.archive.lifecycle import promise_nothing
 from walbd.archive.pending import commit_pending
-from walbd.archive.receive import WdiffSink, grow, look_for_room, take_differences, take_stream
 from walbd.archive.record import FullProgress
 from walbd.archive.recover import remove_copies
+from walbd.archive.resize import grow
 from walbd.archive.slots import Slots
 from walbd.archive.states import ADDING, APPLY, SCAN, Command, State
 from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Place, Volume, check_room
+from walbd.archive.wdiff_sink import WdiffSink, look_for_room, take_differences, take_stream
 from walbd.daemon.conn import Connection, with_filler
 from walbd.daemon.env import Pool
 from walbd.daemon.hash_sync import DiffSink

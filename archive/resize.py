@@ -28,6 +28,15 @@ _PIECE_B: Final = 4 * MIB
 _STEP_B: Final = 64 * MIB  # written in one call to a pool
 
 
+async def grow(volume: Volume, size_lb: int) -> None:
+    """Grow the image to the size of the sender's device: the image first, then the record that promises it."""
+    place = volume.place
+    old_lb = volume.size_lb
+    await place.env.pools.run(Pool.RECEIVE, place.images.grow_base, volume.name, size_lb * LB)
+    await volume.grown(size_lb)
+    log.info("volume.grown", volume=volume.name, size_lb=size_lb, old_size_lb=old_lb)
+
+
 async def resize(volume: Volume, size_b: int, *, zero: bool) -> None:
     """Grow the image of a volume to `size_b`, rounded down to whole blocks; the same size is fine.
 

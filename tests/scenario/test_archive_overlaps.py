@@ -16,9 +16,9 @@ from tests.kit.policy_rig import VirtualArchive
 from tests.kit.replicas import VOL, Group
 from tests.kit.virtual import run
 from walbd.archive import replicate_out
-from walbd.archive.receive import WdiffSink
 from walbd.archive.virtual import open_virtual
 from walbd.archive.volume import Volume
+from walbd.archive.wdiff_sink import WdiffSink
 from walbd.daemon.env import Pool
 from walbd.errors import RemoteError
 from walbd.format.virtual import VirtualImage

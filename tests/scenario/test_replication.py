@@ -12,8 +12,8 @@ import pytest
 from tests.kit.replicas import VOL, Group
 from walbd.archive import replicate_in, replicate_out
 from walbd.archive.image_receiver import ImageReceiver
-from walbd.archive.receive import take_stream
 from walbd.archive.states import Command
+from walbd.archive.wdiff_sink import take_stream
 from walbd.errors import RemoteError
 from walbd.fs import failpoints
 from walbd.protocol import control as c
