@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,3 +278,32 @@ def test_devices_that_cannot_be_opened(
         with pytest.raises(error):
             FS.open(home / "f", direct=direct)
         assert len(tries) == 1
+
+
+def test_more_buffers_than_one_call_takes(home: Path) -> None:
+    parts = [f"{i:05}".encode() for i in range(2500)]
+    with FS.open(home / "f", create=True) as file:
+        file.pwritev(parts, 7)
+    assert (home / "f").read_bytes() == bytes(7) + b"".join(parts)
+
+
+def test_many_pieces_at_once(home: Path) -> None:
+    pieces = struct.pack("<6Q", 0, 4, 4, 4096, 4, 0)  # offset, size, place
+    with FS.open(home / "f", create=True) as file:
+        file.pwrite_many(pieces, memoryview(b"abcdefgh"))
+        assert (file.pread(4, 0), file.pread(4, 4096)) == (b"efgh", b"abcd")
+        buffer = bytearray(8)
+        assert file.pread_many(pieces, memoryview(buffer)) == -1
+        assert bytes(buffer) == b"abcdefgh"
+        file.truncate(4097)
+        assert file.pread_many(pieces, memoryview(buffer)) == 1  # that one ends beyond the end
+    with FS.open(home / "f") as reader:
+        with pytest.raises(DiskFailed, match="cannot write"):
+            reader.pwrite_many(pieces, memoryview(b"abcdefgh"))
+
+
+def test_what_is_closed_may_be_locked_again(home: Path) -> None:
+    for _ in range(2):
+        with FS.open(home / "f", create=not (home / "f").exists(), write=True, lock=True):
+            with pytest.raises(Busy):
+                FS.open(home / "f", lock=True)
