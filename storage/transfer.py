@@ -139,7 +139,7 @@ async def _connect(
 
     Leaving the returned stack closes the connection. Returns also those that were tried: the last has accepted.
     """
-    problems: list[WalbError] = []
+    problems: list[tuple[Address, WalbError]] = []
     tried: list[Address] = []
     for address in proxies.available():
         tried.append(address)
@@ -155,11 +155,11 @@ async def _connect(
                     proxies.suspect(address)
                 tell = log.debug if str(exc) in known else log.info  # it is tried every few seconds, for ever
                 tell("wlog.refused", volume=offer.volume, proxy=str(address), **error_fields(exc))
-                problems.append(exc)
+                problems.append((address, exc))
     if not problems:
         raise ConnectError("no proxy is available", hint="see the status of the storage for each proxy")
-    reasons = "; ".join(str(exc) for exc in problems)
-    if all(isinstance(exc, ConnectError | TimedOut) for exc in problems):
+    reasons = "; ".join(f"{address}: {exc}" for address, exc in problems)
+    if all(isinstance(exc, ConnectError | TimedOut) for _, exc in problems):
         raise ConnectError("no proxy can be reached", reasons=reasons)
     refused = Refused("no proxy takes the log", hint="see the status of the proxies", reasons=reasons)
     refused.retry_max_s = ASK_AGAIN_S

@@ -154,7 +154,7 @@ async def test_whether_a_proxy_is_gone_or_refuses(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="no proxy takes the log") as caught:
             await _connect(shared, proxies := Listed(gone, rig.proxies[1].address), offer)
         assert caught.value.retry_max_s == ASK_AGAIN_S
-        assert "not now" in str(caught.value.facts["reasons"])
+        assert f"{rig.proxies[1].address}: not now" in str(caught.value.facts["reasons"])
         assert proxies.suspected == [gone]
         addresses = [gone, rig.proxies[1].address, rig.proxy.address]
         stack, _, tried = await _connect(shared, Listed(*addresses), offer)
