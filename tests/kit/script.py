@@ -36,7 +36,7 @@ from tests.kit.group import WAIT_S, Group, Volume, wait_until
 from tests.kit.relay import Link
 from walbd.controller.doctor.findings import Finding
 from walbd.controller.doctor.mend import Allowed
-from walbd.errors import WalbError, code_of
+from walbd.errors import TimedOut, WalbError, code_of
 from walbd.units import LB, parse_size
 
 _END: Final = "----"
@@ -104,10 +104,10 @@ class Script:
                 began = time.monotonic()
                 try:
                     self._run(words)
+                except (AssertionError, TimedOut) as exc:  # a wait that does not end is no answer to a command
+                    raise AssertionError(f"{command}: {exc}\n" + self._logs()) from exc
                 except WalbError as exc:
                     self._out.append(f"{code_of(exc)}: {exc.message}")
-                except AssertionError as exc:
-                    raise AssertionError(f"{command}: {exc}\n" + self._logs()) from exc
                 if self._times:
                     print(f"{time.monotonic() - began:6.2f} {command}", file=sys.stderr)
         return self._out
@@ -171,7 +171,7 @@ class Script:
     def _logs(self) -> str:
         if self._made is None:
             return ""
-        return "\n".join(f"--- {p.name}\n{p.tail(8)}" for p in self._made.processes.values() if p.log.exists())
+        return "\n".join(f"--- {p.name}\n{p.tail(30)}" for p in self._made.processes.values() if p.log.exists())
 
     def _volume(self, name: str) -> Volume:
         return self.group.volumes[name]
