@@ -127,3 +127,16 @@ def test_kicks(ready: FakeGroup) -> None:
     with pytest.raises(ConnectError):
         ctl.kick_all([p0, s0])
     assert ready.changes() == ["s0 kick"]  # the others are kicked all the same
+
+
+def test_a_proxy_goes_on_sending_to_the_archives_that_are_left(big: FakeGroup) -> None:
+    ctl, px = big.ctl, big.p[0]
+    ctl.init_storage(big.s[0], "vol0", "/dev/x")
+    ctl.full_backup(big.s[0], "vol0")
+    ctl.add_archive_to_proxy(px, "vol0", big.a[1], doStart=True)
+    assert sorted(ctl.get_archive_info_list(px, "vol0")) == ["a0", "a1"]
+    ctl.del_archive_from_proxy(px, "vol0", big.a[1])
+    assert ctl.get_archive_info_list(px, "vol0") == ["a0"]
+    assert ctl.get_state(px, "vol0") == "Started"
+    ctl.del_archive_from_proxy(px, "vol0", big.a[0])
+    assert ctl.get_state(px, "vol0") == "Clear"
