@@ -200,8 +200,8 @@ class FakeArchive:
     def _take(self, offer: WdiffOffer, data: bytes, chunks: int) -> None:
         reader = open_wdiff(MemoryFile(data))
         assert reader.header.uuid == offer.uuid
+        self.latest = apply(self.latest, offer.diff)  # raises for what a dead proxy has left under way
         self.image = overlay(self.image, [data])
-        self.latest = apply(self.latest, offer.diff)
         self.got.append(Got(offer, data, chunks))
         self.changed.set()
 
