@@ -140,8 +140,10 @@ class Backup(ABC):
         volume, loop = self._volume, asyncio.get_running_loop()
         began = loop.time()
         job.begin("resetting the log")
+        self._check_size(await volume.info())
         info = await volume.reset_log(gid)
         hit(FP_AFTER_RESET, volume.directory)
+        self._check_size(info)
         await conn.call(LogReset(uuid=info.uuid))
         volume.begin_monitoring()
 
@@ -167,6 +169,20 @@ class Backup(ABC):
             "elapsed_s": round(loop.time() - began, 3),
             "archive_uuid": done.archive_uuid.hex(),
         }
+
+    def _check_size(self, info: DeviceInfo) -> None:
+        """Raise Refused when the volume has grown since the archive agreed, maybe long ago.
+
+        What was written to the new part before the log was reset is in no log, and the copy would end before it.
+        """
+        if info.size_lb * LB != self._size_b:
+            raise Refused(
+                "the volume has grown since the archive agreed",
+                hint="run the backup again",
+                volume=self._volume.name,
+                agreed_b=self._size_b,
+                size_b=info.size_lb * LB,
+            )
 
     def _source(self, job: Job, reader: DataReader, size_b: int) -> ImageSource:
         """Return the live volume, up to `size_b`, as fast as scans may go."""

@@ -22,6 +22,7 @@ from walbd.protocol.control import (
     TakeSnapshot,
 )
 from walbd.protocol.transfer import Packing
+from walbd.storage.device.interface import DeviceInfo
 from walbd.units import KIB, LB, MIB
 
 
@@ -230,6 +231,53 @@ async def test_scans_wait_for_a_place(tmp_path: Path) -> None:
             assert (await rig.job(job)).state is JobState.DONE
         for volume in (VOL, "vol1"):
             assert (await rig.call(GetState(volume=volume))).value == "Target"
+
+
+@pytest.mark.parametrize("when", ["before-the-reset", "with-the-reset"])
+async def test_a_volume_that_grows_before_its_log_is_reset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """What was written to the new part until then is in no log, so a copy of the old size would lack it."""
+    rig = Rig(tmp_path / "s")
+    device = rig.device
+    size_lb = len(device.data) // LB
+
+    def grow() -> None:
+        device.resize(size_lb + 8)
+        device.write(size_lb + 4, b"y" * LB)
+
+    reset = device.reset
+
+    def reset_grown() -> DeviceInfo:
+        grow()
+        return reset()
+
+    async with rig.running():
+        await rig.init()
+        rig.archive.hold = asyncio.Event()
+        uuid = device.uuid
+        if when == "with-the-reset":
+            monkeypatch.setattr(device, "reset", reset_grown)
+        else:
+            agreed = rig.server.volumes[VOL].info
+
+            async def info_grown() -> DeviceInfo:
+                monkeypatch.undo()
+                info = await agreed()
+                grow()
+                return info
+
+            monkeypatch.setattr(rig.server.volumes[VOL], "info", info_grown)
+        job = (await rig.call(FullBackup(volume=VOL))).job
+        rig.archive.hold.set()
+        assert "has grown" in (await rig.job(job)).error
+        assert await rig.state() == "SyncReady"
+        assert not rig.archive.bases
+        assert (device.uuid == uuid) is (when == "before-the-reset")
+        monkeypatch.undo()
+        assert (await rig.full_backup()).state is JobState.DONE
+        await rig.until_delivered()
+        assert rig.archive.restore(rig.archive.latest()) == bytes(device.data)
 
 
 async def test_backup_after_a_history(tmp_path: Path) -> None:
