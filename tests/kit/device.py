@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, cast
 
 from tests.kit.simdisk import SimDisk
-from tests.kit.virtual import InlinePools
+from tests.kit.virtual import InlinePools, run
 from walbd.daemon.env import Env
 from walbd.daemon.nbd_server import Writes
 from walbd.daemon.tasks import Signal
 from walbd.ext.nbd import Chunk
-from walbd.format.superblock import Superblock, ring_size_pb
+from walbd.format.superblock import Superblock, read_superblock, ring_size_pb
 from walbd.fs import FileSystem
 from walbd.ids import Lsid
 from walbd.protocol.nbd import RANGE_TABLE, REQUEST_TABLE, Command, CommandFlag
@@ -169,3 +169,39 @@ async def serving(
                 engine._melt_timer.cancel()
             for worker in engine._workers:
                 worker.cancel()
+
+
+Body = Callable[[Engine, Client], Awaitable[None]]
+
+
+def on_device(body: Body, disk: SimDisk | None = None, *, tuning: Tuning = Tuning(), seed: int = 1) -> SimDisk:
+    """Run `body` with an engine on `disk`; return the disk."""
+    disk = disk or make_disk()
+
+    async def main() -> None:
+        async with serving(disk, random.Random(seed), tuning) as engine:
+            await body(engine, Client(engine))
+
+    run(main())
+    return disk
+
+
+def block(tag: int, n_lb: int = 1) -> bytes:
+    return bytes([tag]) * (n_lb * LB)
+
+
+def write_op(offset_lb: int, data: bytes, flags: int = 0) -> Op:
+    return Op(Command.WRITE, offset_lb, len(data) // LB, data, flags)
+
+
+def overflowed(engine: Engine) -> bool:
+    return engine.core.overflow
+
+
+def result(op: Op) -> int | None:
+    return op.result
+
+
+def superblock_of(disk: SimDisk) -> tuple[int, int, int]:
+    sb = read_superblock(disk.open(LDEV))
+    return sb.oldest_lsid, sb.written_lsid, sb.device_size_lb
