@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from walbd.fs import failpoints
 from walbd.ids import Gid
 from walbd.protocol import control as c
 from walbd.protocol import maintenance as m
-from walbd.protocol.base import End, JobState, Ok
+from walbd.protocol.base import End, JobAccepted, JobState, Ok
 from walbd.protocol.codec import Message
 from walbd.protocol.sync import HashWanted
 from walbd.protocol.transfer import BackupEnd, LogReset, Verdict
@@ -352,13 +353,16 @@ async def test_forced_and_graceful_stop(rig: ArchiveRig) -> None:
     feed = await backed_up(rig)
     uuid = feed.uuid
     jobs: list[int] = []
+    forcing: list[asyncio.Task[JobAccepted]] = []
 
     async def stop_by_force() -> None:
-        jobs.append((await rig.call(c.Stop(volume=VOL, how=c.StopHow.FORCE))).job)
+        """The scan may fail, and cancel us, before the answer to the stop is here."""
+        forcing.append(asyncio.create_task(rig.call(c.Stop(volume=VOL, how=c.StopHow.FORCE))))
+        await asyncio.shield(forcing[0])
 
     with pytest.raises((RemoteError, ConnectError)):
         await feed.hash_backup(mid_scan=stop_by_force)
-    assert (await rig.ended(jobs[0])).state is JobState.DONE
+    assert (await rig.ended((await forcing[0]).job)).state is JobState.DONE
     assert (await rig.status(VOL)).state == "Stopped"
     assert rig.volume(VOL).record.uuid == uuid.hex()
     assert not leftovers(rig)
@@ -370,7 +374,7 @@ async def test_forced_and_graceful_stop(rig: ArchiveRig) -> None:
         assert (await rig.status(VOL)).state == "HashSync"
 
     await feed.hash_backup(mid_scan=stop)
-    assert (await rig.ended(jobs[1])).state is JobState.DONE
+    assert (await rig.ended(jobs[0])).state is JobState.DONE
     assert rig.volume(VOL).record.uuid == feed.uuid.hex()
     await rig.call(c.Start(volume=VOL))
     await feed.send()
