@@ -209,8 +209,6 @@ class Volume:
                 if not at_start_up:
                     raise
                 log.error("volume.link_failed", volume=self.name, **error_fields(exc))
-            for hop in self.hops.values():
-                hop.clear_flag()
 
     async def clear(self) -> None:
         """To Clear: remove everything, unsent wdiffs included."""
