@@ -24,9 +24,7 @@ VOL = "vol0"
 async def feed(tmp_path: Path) -> AsyncIterator[Feed]:
     async with ArchiveRig(tmp_path) as rig:
         feed = Feed(rig)
-        await feed.init()
-        await feed.full_backup()
-        await feed.step(6)
+        await feed.begin(steps=6)
         yield feed
 
 

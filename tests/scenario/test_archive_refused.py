@@ -29,9 +29,7 @@ async def feed(tmp_path: Path) -> AsyncIterator[Feed]:
     """An Archived volume at generation 4."""
     async with ArchiveRig(tmp_path) as rig:
         feed = Feed(rig)
-        await feed.init()
-        await feed.full_backup()
-        await feed.step(4)
+        await feed.begin(steps=4)
         yield feed
 
 

@@ -126,15 +126,21 @@ async def test_of_two_archives_each_finds_it(tmp_path: Path) -> None:
         assert (aside(rig, "a1"), a1.latest) == ([], Snapshot.clean(3))
 
 
+async def one_damaged(rig: ProxyRig, a0: FakeArchive) -> tuple[StorageSide, tuple[int, int]]:
+    """Have one wdiff wait and be damaged; return the storage, and where it stood before."""
+    await rig.begin(a0)
+    a0.refuse_all(Verdict.SYNCING)
+    storage = StorageSide(rig)
+    before = (storage.lsid, storage.gid)
+    await storage.send([write(0)])
+    damage(files(rig)[0])
+    return storage, before
+
+
 async def test_the_same_stretch_once_more_fills_the_hole(tmp_path: Path) -> None:
     """The storage did not hear the acknowledgement, and sends again."""
     async with FakeArchive() as a0, proxy(tmp_path) as rig:
-        await rig.begin(a0)
-        a0.refuse_all(Verdict.SYNCING)
-        storage = StorageSide(rig)
-        before = (storage.lsid, storage.gid)
-        await storage.send([write(0)])
-        damage(files(rig)[0])
+        storage, before = await one_damaged(rig, a0)
         a0.refuse_all(None)
         await rig.until(lambda: rig.hop().damaged)
         storage.lsid, storage.gid = before
@@ -167,12 +173,7 @@ async def test_what_was_replaced_during_the_second_look_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with FakeArchive() as a0, proxy(tmp_path) as rig:
-        await rig.begin(a0)
-        a0.refuse_all(Verdict.SYNCING)
-        storage = StorageSide(rig)
-        before = (storage.lsid, storage.gid)
-        await storage.send([write(0)])
-        damage(files(rig)[0])
+        storage, before = await one_damaged(rig, a0)
         looking, go_on = threading.Event(), threading.Event()
 
         def slow(fs: FileSystem, path: Path) -> bool:

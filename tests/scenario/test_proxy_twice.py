@@ -8,23 +8,28 @@ import pytest
 
 from tests.kit.fake_archive import FakeArchive
 from tests.kit.logs import image_of
-from tests.kit.proxy_rig import VOL, StorageSide, proxy, write
+from tests.kit.proxy_rig import VOL, ProxyRig, StorageSide, proxy, write
 from tests.scenario.test_proxy_crash import NoLinks
 from walbd.errors import RemoteError
 from walbd.protocol.control import DeleteArchiveInfo, GetVolumes
 from walbd.proxy.store import QUARANTINED
 
 
+async def without_links(rig: ProxyRig, a0: FakeArchive) -> tuple[NoLinks, StorageSide]:
+    """Begin on a disk that takes no links from now on, so that what is received stays in received/."""
+    await rig.crash()
+    disk = rig.env.fs = NoLinks()
+    await rig.up()
+    await rig.begin(a0)
+    disk.full = True
+    return disk, StorageSide(rig)
+
+
 @pytest.mark.parametrize("crash", [False, True])
 async def test_what_comes_again_under_another_name_replaces_what_waits(tmp_path: Path, crash: bool) -> None:
     """The storage got no answer and sends the stretch again, now as an explicit snapshot: only that counts."""
     async with FakeArchive() as a0, proxy(tmp_path) as rig:
-        await rig.crash()
-        disk = rig.env.fs = NoLinks()
-        await rig.up()
-        await rig.begin(a0)
-        storage = StorageSide(rig)
-        disk.full = True
+        disk, storage = await without_links(rig, a0)
         for packs, mergeable in (([write(0, seed=1)], True), ([write(0, seed=2)], False)):
             with pytest.raises(RemoteError) as caught:
                 await storage.send(packs, mergeable=mergeable)
@@ -44,12 +49,7 @@ async def test_what_comes_again_under_another_name_replaces_what_waits(tmp_path:
 
 async def test_what_comes_again_under_the_same_name_takes_its_place(tmp_path: Path) -> None:
     async with FakeArchive() as a0, proxy(tmp_path) as rig:
-        await rig.crash()
-        disk = rig.env.fs = NoLinks()
-        await rig.up()
-        await rig.begin(a0)
-        storage = StorageSide(rig)
-        disk.full = True
+        disk, storage = await without_links(rig, a0)
         for seed in (1, 2):
             with pytest.raises(RemoteError):
                 await storage.send([write(0, seed=seed)])

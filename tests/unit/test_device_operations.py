@@ -227,6 +227,17 @@ def test_a_sync_from_before_a_reset_says_nothing_about_the_new_log(seed: int) ->
     on_device(body, seed=seed)
 
 
+async def resetting(engine: Engine, client: Client, turns: int) -> asyncio.Future[None]:
+    """Write something, and begin to reset the log; return after so many turns of the loop."""
+    for i in range(20):
+        await client.write(i, block(i + 1))
+    await engine.drain()
+    reset = asyncio.ensure_future(engine.reset_wal())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    return reset
+
+
 async def unharmed(engine: Engine, client: Client) -> None:
     """The tests below write these before and after the moment in question."""
     assert await client.read(0, 20 * LB) == b"".join(block(i + 1) for i in range(20))
@@ -240,12 +251,7 @@ def test_a_reset_that_is_cancelled_loses_nothing(seed: int) -> None:
         disk = make_disk()
 
         async def body(engine: Engine, client: Client, turns: int = turns) -> None:
-            for i in range(20):
-                await client.write(i, block(i + 1))
-            await engine.drain()
-            reset = asyncio.ensure_future(engine.reset_wal())
-            for _ in range(turns):
-                await asyncio.sleep(0)
+            reset = await resetting(engine, client, turns)
             reset.cancel()
             await asyncio.wait({reset})
             assert await client.write(50, block(99)) == 0
@@ -261,12 +267,7 @@ def test_a_stop_during_a_reset_loses_nothing(seed: int) -> None:
         disk = make_disk()
 
         async def body(engine: Engine, client: Client, turns: int = turns) -> None:
-            for i in range(20):
-                await client.write(i, block(i + 1))
-            await engine.drain()
-            reset = asyncio.ensure_future(engine.reset_wal())
-            for _ in range(turns):
-                await asyncio.sleep(0)
+            reset = await resetting(engine, client, turns)
             op = write_op(50, block(99))
             client.submit(op)
             await engine.stop()
